@@ -1,0 +1,121 @@
+"""Arrays on disk: .npy, .npz and .safetensors, read without executing anything and written so that a reader sees the
+old file or the new one, never half of either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SUFFIXES = (".npy", ".npz", ".safetensors")
+
+
+def require_suffix(path: Path) -> str:
+    """The suffix of `path`, checked to be one of `SUFFIXES`.
+
+    Raises:
+        ValueError: It is another.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{str(path)!r} ends in {suffix or 'nothing'!r}; {', '.join(SUFFIXES)} are known.")
+    return suffix
+
+
+def read_array(path: Path, key: str | None = None) -> Tensor:
+    """One array of a file, on the CPU in its own dtype.
+
+    Args:
+        path: A .npy, .npz or .safetensors file.
+        key: Name of the array within the file; needed where there are several.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Another kind of file, no such key, or no numbers.
+    """
+    suffix = require_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    try:
+        if suffix == ".safetensors":
+            with safe_open(str(path), framework="pt") as file:
+                return file.get_tensor(_choose(path, list(file.keys()), key))
+        loaded = np.load(path, allow_pickle=False)
+        if suffix == ".npz":
+            with loaded:
+                return _tensor(path, loaded[_choose(path, list(loaded.files), key)])
+    except (SafetensorError, EOFError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as {suffix}: {error}.") from error
+    if key is not None:
+        raise ValueError(f"key={key!r}, but {str(path)!r} holds one array without a name: leave the key out.")
+    return _tensor(path, loaded)
+
+
+def _choose(path: Path, names: list[str], key: str | None) -> str:
+    if key is None and len(names) == 1:
+        return names[0]
+    if key is None or key not in names:
+        raise ValueError(f"{str(path)!r} holds {sorted(names)}; choose one of them by its key (now {key!r}).")
+    return key
+
+
+def _tensor(path: Path, array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"{str(path)!r} holds {array.dtype}; real numbers of at most 64 bits are needed.")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)  # torch's own wide unsigned types know few operations
+    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=True)))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes named arrays to `path`, replacing it in one move.
+
+    Args:
+        path: A .npz or .safetensors file; a .npy file for one array only.
+        arrays: What to write.
+        metadata: Texts to write beside them: the metadata of a .safetensors file, arrays of one string in .npz, left
+            out of .npy.
+
+    Raises:
+        ValueError: Another kind of file, or several arrays for a .npy file.
+    """
+    suffix = require_suffix(path)
+    texts = dict(metadata or {})
+    if suffix == ".npy" and len(arrays) != 1:
+        raise ValueError(f"{str(path)!r} can hold one array only, not {sorted(arrays)}: name a .npz file.")
+    kept = {name: value.detach().cpu().contiguous() for name, value in arrays.items()}
+    if suffix == ".safetensors":
+        replace_file(path, lambda part: save_file(kept, str(part), metadata=texts))
+        return
+    plain = {name: value.numpy() for name, value in kept.items()}
+    if suffix == ".npy":
+        replace_file(path, lambda part: _save(part, next(iter(plain.values()))))
+        return
+    replace_file(path, lambda part: _savez(part, {**plain, **{name: np.array(text) for name, text in texts.items()}}))
+
+
+def _save(part: Path, array: np.ndarray) -> None:
+    with part.open("wb") as file:  # given a name, numpy would add a suffix to it
+        np.save(file, array, allow_pickle=False)
+
+
+def _savez(part: Path, arrays: dict[str, np.ndarray]) -> None:
+    with part.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a file beside `path` and puts it in the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""Validation at the door: what was passed, what is needed, what to do.
+
+Nothing here runs inside a step. Values that only some samples get wrong (NaN) are not errors here: they are recorded
+for those samples alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}); a real number is needed.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r}; a finite number above 0 is needed.")
+
+
+def require_times(t_min: float, t_max: float, lower: float = 0.0, upper: float = math.inf) -> None:
+    """Raises ValueError unless lower < t_min < t_max < upper (t_max may equal an infinite or closed upper end)."""
+    require_positive("t_min", t_min)
+    require_positive("t_max", t_max)
+    if not lower < t_min < t_max <= upper:
+        raise ValueError(
+            f"t_min={t_min!r}, t_max={t_max!r}; {lower:g} < t_min < t_max <= {upper:g} is needed: "
+            "t_min is the data's end, t_max the noise's."
+        )
+
+
+def require_count(name: str, value: int, least: int = 1) -> None:
+    """Raises unless `value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}); an int is needed.")
+    if value < least:
+        raise ValueError(f"{name}={value}; at least {least} is needed.")
+
+
+def require_float64(device: torch.device) -> None:
+    """Raises ValueError for a device without float64 (schedules, time and log-densities need it)."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"device={str(device)!r} has no float64, in which schedules, time and log-densities are kept ({error}). "
+            "Move the model and the data to a CPU or CUDA device."
+        ) from error
+
+
+def require_batch(name: str, x: Any) -> Tensor:
+    """`x`, checked to be a real floating tensor with a batch axis and at least one event axis."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor of shape (B, *event) is needed.")
+    if x.is_complex():
+        raise TypeError(f"{name}.dtype={x.dtype}; a real floating tensor is needed: stack real and imaginary parts.")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name}.dtype={x.dtype}; a floating tensor is needed. A density of integers does not exist: "
+            "dequantise first (add uniform noise within each bin), then convert to floating point."
+        )
+    if x.dim() < 2:
+        raise ValueError(
+            f"{name}.shape={tuple(x.shape)}; shape (B, *event) with at least one event axis is needed: "
+            "use x[:, None] for scalar events, x[None] for one sample."
+        )
+    require_float64(x.device)
+    return x
+
+
+def require_indices(indices: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """(B,) int64 global sample numbers: `indices` checked, or 0..B-1."""
+    if indices is None:
+        return torch.arange(batch, dtype=torch.int64, device=device)
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices={indices!r}; an integer tensor of shape ({batch},) is needed.")
+    if indices.shape != (batch,):
+        raise ValueError(f"indices.shape={tuple(indices.shape)}; ({batch},) is needed, a number for each sample.")
+    return indices.to(device=device, dtype=torch.int64)
+
+
+def require_seed(seed: int) -> None:
+    """Raises unless `seed` is an int that fits 63 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r} ({type(seed).__name__}); an int is needed.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}; 0 <= seed < 2**63 is needed.")
+
+
+def require_same_device(module: nn.Module, x: Tensor, name: str = "x") -> None:
+    """Raises ValueError if the module's parameters lie on another device than `x`."""
+    for parameter in module.parameters():
+        if parameter.device != x.device:
+            raise ValueError(
+                f"{name} is on {str(x.device)!r} but the network's parameters are on {str(parameter.device)!r}; "
+                "they must be on one device: move one of them with .to(device)."
+            )
+        return
+
+
+def require_deterministic(module: nn.Module) -> None:
+    """Raises ValueError if a sample's output would be random or depend on the other samples.
+
+    Dropout in train mode makes every evaluation another network; batch normalisation by batch statistics couples
+    the samples, and then the trace of the Jacobian is not the per-sample divergence.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, _DROPOUTS) and part.training and part.p > 0:
+            raise ValueError(
+                f"the network's {name or type(part).__name__} is dropout (p={part.p}) in train mode: each call would "
+                "be another network, and no density belongs to it. Call net.eval() first."
+            )
+        if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
+            raise ValueError(
+                f"the network's {name or type(part).__name__} is batch normalisation by batch statistics: samples "
+                "influence one another, and the trace is not their divergence. Call net.eval(), keep running statistics."
+            )

@@ -1,0 +1,92 @@
+"""Broadcasting, masked selection and row selection over nested tuples of tensors.
+
+Every evolving value is a tree: a tensor whose first axis is the batch, None, or a (named) tuple of trees. Three maps
+are all that the loop needs: `select` (commit by mask), `take` (keep some rows) and `put` (write rows back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Tree = TypeVar("Tree")
+
+
+def tree_map(function: Callable[..., Any], first: Tree, *others: Tree) -> Tree:
+    """The tree of `function` applied leaf by leaf; None stays None.
+
+    Args:
+        function: Takes one leaf of each tree.
+        first: A tensor, None, or a (named) tuple of trees; anything else is passed through untouched.
+        others: Trees of the same structure.
+    """
+    if isinstance(first, Tensor):
+        return cast(Tree, function(first, *others))
+    if isinstance(first, tuple):
+        children = [tree_map(function, *leaves) for leaves in zip(first, *cast(Any, others), strict=True)]
+        return cast(Tree, type(first)(*children) if hasattr(first, "_fields") else tuple(children))
+    return first
+
+
+def column(value: Tensor, like: Tensor) -> Tensor:
+    """`value` of shape (B,) shaped (B, 1, ..., 1) to broadcast against `like`, in the dtype of `like`.
+
+    The one place where a per-sample scalar meets a state: a float64 coefficient does not promote a float32 state.
+    """
+    return value.to(like.dtype).reshape(value.shape + (1,) * (like.dim() - value.dim()))
+
+
+def select(mask: Tensor, new: Tree, old: Tree) -> Tree:
+    """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere; leaves keep the dtype of `old`."""
+
+    def choose(fresh: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(mask.reshape(mask.shape + (1,) * (kept.dim() - 1)), fresh, kept)
+
+    return tree_map(choose, new, old)
+
+
+def take(tree: Tree, rows: Tensor) -> Tree:
+    """The rows `rows` (long, or a mask) of every leaf."""
+    return tree_map(lambda leaf: leaf[rows], tree)
+
+
+def put(tree: Tree, rows: Tensor, part: Tree) -> Tree:
+    """A copy of `tree` whose rows `rows` (long) are those of `part`."""
+
+    def write(whole: Tensor, piece: Tensor) -> Tensor:
+        return whole.index_copy(0, rows, piece)
+
+    return tree_map(write, tree, part)
+
+
+def all_finite(tree: Any) -> Tensor:
+    """(B,) whether every number of a sample is finite (a sum that overflows counts as not finite).
+
+    Raises:
+        ValueError: The tree holds no tensor.
+    """
+    if isinstance(tree, Tensor):
+        return torch.isfinite(tree if tree.dim() == 1 else tree.flatten(1).sum(1))
+    parts = [all_finite(leaf) for leaf in tree or () if leaf is not None]
+    if not parts:
+        raise ValueError("a tree without tensors has no samples to judge.")
+    result = parts[0]
+    for part in parts[1:]:
+        result = result & part
+    return result
+
+
+def flatten(x: Tensor) -> Tensor:
+    """`x` of shape (B, *event) as (B, D); D = 1 for scalar events, and empty batches keep their D."""
+    size = 1
+    for extent in x.shape[1:]:
+        size *= extent
+    return x.reshape(x.shape[0], size)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) inner product of each sample, accumulated in float64."""
+    return (a * b).sum(tuple(range(1, a.dim())), dtype=torch.float64)

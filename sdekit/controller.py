@@ -1,0 +1,255 @@
+"""Who decides how far the next step goes and whether it counts, sample by sample.
+
+    start(term, s0, s_end) -> state
+    target(s, s_end, state) -> s1                                   ends exactly on s_end
+    judge(term, solver, proposal, before, s_end, state) -> Verdict
+
+`Nats` spends a budget of log density; `PID` holds the error of the state below a tolerance; `FixedGrid` accepts
+whatever its grid gives. No sample's verdict looks at another sample, and nothing branches on a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import require_positive
+from ._tensor import all_finite
+from .solver.base import Proposal, Solver
+from .terms import Term
+
+
+class Step(NamedTuple):
+    """What a step started from: s0, s1 (B,) and the state z before it."""
+
+    s0: Tensor
+    s1: Tensor
+    z: Any
+
+
+class Verdict(NamedTuple):
+    """(B,) accept; the controller's next state; (B,) failed: no step however small can help."""
+
+    accept: Tensor
+    state: Any
+    failed: Tensor
+
+
+class Controller(ABC):
+    """Decides step sizes and acceptance, per sample."""
+
+    @property
+    def needs_error(self) -> bool:
+        """Whether the solver must estimate its error."""
+        return True
+
+    @abstractmethod
+    def start(self, term: Term, s0: Tensor, s_end: Tensor) -> Any:
+        """The state at the start, a NamedTuple of (B, ...) tensors."""
+
+    @abstractmethod
+    def target(self, s: Tensor, s_end: Tensor, state: Any) -> Tensor:
+        """(B,) where the next step is to end."""
+
+    @abstractmethod
+    def judge(self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: Any) -> Verdict:
+        """Whether the step counts, and what follows."""
+
+    def spent(self, state: Any) -> Tensor | None:
+        """(B,) float64 accumulated error estimate in nats, or None for a controller that keeps none."""
+        return None
+
+
+class GridState(NamedTuple):
+    """(B, n + 1) nodes in the term's coordinate; (B,) int64 nodes reached; (B,) nats indicated so far."""
+
+    nodes: Tensor
+    place: Tensor
+    indicated: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FixedGrid(Controller):
+    """Steps through given times, every step accepted unless it is not finite.
+
+    Args:
+        times: (n + 1,) float64, strictly monotone; the first and last are where the solve starts and ends.
+
+    Raises:
+        ValueError: Fewer than two times, or not strictly monotone.
+    """
+
+    times: Tensor
+
+    def __post_init__(self) -> None:
+        times = self.times
+        if not isinstance(times, Tensor) or times.dim() != 1 or times.shape[0] < 2:
+            raise ValueError(
+                f"times={times!r}; a tensor of shape (n + 1,), n >= 1, is needed, e.g. sdekit.grid.karras(sde, n)."
+            )
+        steps = times.double().diff()
+        if not bool((steps > 0).all() | (steps < 0).all()):
+            raise ValueError("times must be strictly monotone, finite, without repeated values.")
+
+    @property
+    def needs_error(self) -> bool:
+        return False
+
+    def start(self, term: Term, s0: Tensor, s_end: Tensor) -> GridState:
+        inner = term.coordinate(self.times.to(device=s0.device, dtype=torch.float64))[None, 1:-1]
+        nodes = torch.cat((s0[:, None], inner.expand(s0.shape[0], -1), s_end[:, None]), 1)
+        return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0))
+
+    def target(self, s: Tensor, s_end: Tensor, state: GridState) -> Tensor:
+        return torch.take_along_dim(state.nodes, state.place[:, None] + 1, 1).squeeze(1)
+
+    def judge(
+        self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: GridState
+    ) -> Verdict:
+        accept = all_finite(proposal.z)
+        indicated = state.indicated
+        if term.has_density and proposal.error is not None:
+            cost = term.nats(proposal.error, proposal.aux)
+            indicated = indicated + torch.where(accept, cost * torch.where(proposal.settled, 1.0, 0.1), 0.0)
+        last = state.nodes.shape[1] - 2
+        index = torch.where(accept, (state.place + 1).clamp(max=last), state.place)
+        return Verdict(accept, GridState(state.nodes, index, indicated), ~accept)
+
+    def spent(self, state: GridState) -> Tensor:
+        return state.indicated
+
+
+class NatsState(NamedTuple):
+    """(B,) next step length; (B,) nats spent; (B,) int64 evaluations so far."""
+
+    step: Tensor
+    spent: Tensor
+    calls: Tensor
+
+
+@dataclass(frozen=True)
+class Nats(Controller):
+    """Steps such that the errors of all of them together cost at most `tolerance` nats of log density.
+
+    A local error (e_u, e_l) costs d = |gradient . e_u| + |e_l| nats: the error of log p telescopes into the sum over
+    steps of V(new) + dl - V(old), V the log density of the state. Each step may spend what is left of the tolerance,
+    scaled as the square root of its share of the way.
+
+    Args:
+        tolerance: Nats per sample, > 0.
+        cap: Evaluations after which the demand is relaxed, by 4 every 32, so that every solve ends; the samples it
+            happens to carry an honest estimate above the tolerance.
+    """
+
+    tolerance: float = 1e-2
+    cap: int = 512
+
+    _FLOOR = 1e-5  # smallest step, in s
+    _CEILING = 1.0 / 20.0  # largest: coarse tolerances would miss structure without it
+    _STEPS = 40.0  # steps among which the tolerance is shared
+    _RAMP = 0.01  # how much of the low-order estimate counts while a multistep method starts up ...
+    _RAMP_SPENT = 0.1  # ... and how much of it is booked
+
+    def __post_init__(self) -> None:
+        require_positive("tolerance", self.tolerance)
+
+    def start(self, term: Term, s0: Tensor, s_end: Tensor) -> NatsState:
+        first = min(1.0, (self.tolerance / 0.1) ** 0.25) / 80.0
+        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), torch.zeros_like(s0, dtype=torch.int64))
+
+    def target(self, s: Tensor, s_end: Tensor, state: NatsState) -> Tensor:
+        rest = s_end - s
+        step = torch.where(state.step > 0.5 * rest, 0.5 * rest, state.step)
+        return torch.where(state.step >= rest, s_end, s + step)
+
+    def judge(
+        self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: NatsState
+    ) -> Verdict:
+        length = step.s1 - step.s0
+        calls = state.calls + solver.evaluations
+        cost = term.nats(proposal.error, proposal.aux)
+        allowed = torch.maximum(self.tolerance - state.spent, torch.full_like(cost, 0.1 * self.tolerance))
+        share = (length / (s_end - step.s0)).clamp(max=1.0)
+        ratio = cost / (allowed * (share / self._STEPS).sqrt())
+        ratio = ratio * torch.where(proposal.settled, 1.0, self._RAMP)
+        ratio = ratio * torch.exp(-math.log(4.0) * ((calls - self.cap).clamp(min=0) // 32).double())
+        finite = torch.isfinite(ratio) & all_finite(proposal.z)
+        at_floor = length <= self._FLOOR
+        accept = finite & ((ratio <= 2.0) | at_floor)
+        power = -1.0 / ((solver.error_order or solver.order) + 0.5)
+        factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)
+        factor = torch.where(accept, factor.clamp(0.3, 2.0), factor.clamp(0.1, 0.7))
+        following = (length * factor).clamp(self._FLOOR, self._CEILING)
+        booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT)
+        spent = torch.where(accept, state.spent + booked, state.spent)
+        return Verdict(accept, NatsState(following, spent, calls), ~finite & at_floor)
+
+    def spent(self, state: NatsState) -> Tensor:
+        return state.spent
+
+
+class PIDState(NamedTuple):
+    """(B,) next step length (signed); (B,) the last accepted step's error ratio."""
+
+    step: Tensor
+    ratio: Tensor
+
+
+@dataclass(frozen=True)
+class PID(Controller):
+    """Steps that hold the root-mean-square of error / (atol + rtol |z|) below 1, per sample.
+
+    Args:
+        rtol: Relative tolerance, >= 0.
+        atol: Absolute tolerance in the term's coordinates, >= 0; not both 0.
+        first: The first step, as a share of the way, in (0, 1].
+        floor: Smallest step, as a share of the way; a sample that cannot make it fails.
+        proportional: Exponent share of the last ratio (0: integral control only).
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    first: float = 0.01
+    floor: float = 1e-10
+    proportional: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r}; a finite number of at least 0 is needed.")
+        if self.rtol == 0 and self.atol == 0:
+            raise ValueError("rtol=0, atol=0; at least one must be above 0.")
+        if not (0 < self.floor < self.first <= 1):
+            raise ValueError(f"first={self.first!r}, floor={self.floor!r}; 0 < floor < first <= 1 is needed.")
+
+    def start(self, term: Term, s0: Tensor, s_end: Tensor) -> PIDState:
+        return PIDState(self.first * (s_end - s0), torch.ones_like(s0))
+
+    def target(self, s: Tensor, s_end: Tensor, state: PIDState) -> Tensor:
+        rest = s_end - s
+        step = torch.where(state.step.abs() > 0.5 * rest.abs(), 0.5 * rest, state.step)
+        return torch.where(state.step.abs() >= rest.abs(), s_end, s + step)
+
+    def judge(
+        self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: PIDState
+    ) -> Verdict:
+        error, old, new = (term.watched(part) for part in (proposal.error, step.z, proposal.z))
+        scale = self.atol + self.rtol * torch.maximum(old.abs(), new.abs())
+        ratio = (error / scale).square().mean(1, dtype=torch.float64).sqrt()
+        finite = torch.isfinite(ratio) & all_finite(proposal.z)
+        accept = finite & (ratio <= 1.0)
+        power = 1.0 / ((solver.error_order or solver.order) + 1.0)
+        safe = ratio.clamp(min=1e-10)
+        factor = (
+            0.9 * safe.pow(-power * (1.0 - 0.5 * self.proportional)) * state.ratio.pow(0.5 * self.proportional * power)
+        )
+        factor = torch.where(finite, factor, 0.0)
+        factor = torch.where(accept, factor.clamp(0.2, 5.0), factor.clamp(0.1, 0.9))
+        following = (step.s1 - step.s0) * factor
+        small = following.abs() < self.floor * (s_end - step.s0).abs()
+        return Verdict(accept, PIDState(following, torch.where(accept, safe, state.ratio)), ~accept & small)

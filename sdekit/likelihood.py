@@ -1,0 +1,343 @@
+"""log p with an error bar and an error estimate.
+
+The probability flow carries x to the noise's end of time, and
+
+    log p_t(x) = log q_T(x_T) + log det,     log det = D log(alpha_T c_T / (alpha_t c_t)) + l,
+
+with q_T the terminal law and l the divergence accumulated along the path (terms.py). Four errors are kept apart:
+
+    std_error      of the trace's probes; 0 for Exact()
+    solver_error   of the integration, by the solver's own estimate
+    the ends       log p at t_min is not log p_0 (`end`), and the SDE's prior is not p_T (`data_moments`)
+
+With a learned score this is the density of the probability-flow model, not of the SDE's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    require_batch,
+    require_count,
+    require_deterministic,
+    require_indices,
+    require_positive,
+    require_same_device,
+    require_seed,
+)
+from .controller import Controller, FixedGrid, Nats
+from .divergence import Divergence, Exact, Hutchinson
+from .ends import End, Entry, enter_data
+from .errors import SmoothnessWarning, ToleranceWarning
+from .grid import MixedTime
+from .integrate import Outcome, Problem, begin, check_limits, check_method, drive, finish, times_of
+from .model.score_model import ScoreModel
+from .solution import Stats, Status
+from .solver.adams import Adams
+from .solver.base import Solver
+from .targets import Gaussian
+from .terms import FlowState, LikelihoodFlow
+
+_EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
+_GRID_STEPS = 3  # Adams steps on a fixed grid: more nodes in the formula amplify what the grid misses
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The map between a user's units and the model's: model = scale * user + shift.
+
+    Args:
+        scale: Nonzero; a number, or a tensor of the event's shape.
+        shift: A number, or a tensor of the event's shape.
+    """
+
+    scale: float | Tensor = 1.0
+    shift: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        scale = torch.as_tensor(self.scale, dtype=torch.float64)
+        if not bool((torch.isfinite(scale) & (scale != 0)).all()):
+            raise ValueError(f"scale={self.scale!r}; finite and nonzero is needed.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of the user in the model's units, in the dtype of `x`."""
+        return x * torch.as_tensor(self.scale).to(x) + torch.as_tensor(self.shift).to(x)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """`x` of the model in the user's units, in the dtype of `x`."""
+        return (x - torch.as_tensor(self.shift).to(x)) / torch.as_tensor(self.scale).to(x)
+
+    def log_det(self, event: torch.Size) -> float:
+        """log |det| of the forward map for one sample of shape `event`, nats."""
+        scale = torch.as_tensor(self.scale, dtype=torch.float64).abs().log()
+        return float(scale.expand(event).sum())
+
+
+class LogLikelihood(NamedTuple):
+    """Log densities of a batch, with what is known of their errors. All (B,) unless said otherwise.
+
+    Attributes:
+        log_prob: float64 nats, density in the units of x; NaN where `status` did not arrive.
+        std_error: float64 nats, standard error from the trace's probes; 0 for exact traces.
+        solver_error: float64 nats, estimate of the integration's error (conservative; with fixed grids an indicator;
+            NaN for controllers in the state's norm).
+        log_prior: float64 nats, log density of `latent` under the terminal law.
+        log_det: float64 nats, log determinant; log_prob = log_prior + log_det.
+        latent: (B, *event) x at t_max (where a sample did not arrive: where it got to).
+        status: int64 of `Status`.
+        stats: Cost.
+        t: float64 time reached.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    solver_error: Tensor
+    log_prior: Tensor
+    log_det: Tensor
+    latent: Tensor
+    status: Tensor
+    stats: Stats
+    t: Tensor
+
+    def bits_per_dim(self, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
+        """(B,) float64 bits per dimension of data quantised to `levels` equal bins of [low, high], dequantised.
+
+        -log2 p(x) / D - log2((high - low) / levels): the offset is that of a bin's width in the units of x. For
+        8-bit images in [-1, 1] it is +7, in [0, 1] +8. Of dequantised x only: of integers it means nothing.
+
+        Args:
+            levels: Number of bins, >= 2.
+            low: Lower edge of the first bin.
+            high: Upper edge of the last bin.
+        """
+        require_count("levels", levels, 2)
+        if not low < high:
+            raise ValueError(f"low={low!r}, high={high!r}; low < high is needed.")
+        width = (high - low) / levels
+        return -self.log_prob / (self.latent.shape[1:].numel() * math.log(2.0)) - math.log2(width)
+
+
+class _Method(NamedTuple):
+    """The solve's parts, and the tolerance its estimate is held against (None for none)."""
+
+    divergence: Divergence
+    solver: Solver
+    controller: Controller
+    tolerance: float | None
+
+
+def log_likelihood(
+    model: ScoreModel,
+    x: Tensor,
+    *,
+    divergence: Divergence | None = None,
+    tolerance: float = 1e-2,
+    nodes: int | None = None,
+    solver: Solver | None = None,
+    controller: Controller | None = None,
+    t: Tensor | float | None = None,
+    end: End = "marginal",
+    data_moments: Gaussian | None = None,
+    transform: Affine | None = None,
+    seed: int = 0,
+    indices: Tensor | None = None,
+    max_evaluations: int = 10_000,
+    wall_time: float | None = None,
+    progress: bool = False,
+    throw: bool = True,
+) -> LogLikelihood:
+    """Log densities of `x` under the model's probability flow, each with a standard error and an error estimate.
+
+    Args:
+        model: The score model, in eval mode.
+        x: Data, (B, *event), floating, on the model's device.
+        divergence: How the trace is had. None: Exact() up to 128 dimensions, else Hutchinson(probes=1).
+        tolerance: Nats per sample, > 0, by the solver's own estimate (default solver only).
+        nodes: That many evaluations on a fixed grid instead (start-up counted), >= 2.
+        solver: None: variable-step Adams controlled in nats (docs/decisions); any solver with its controller else.
+        controller: For `solver`; default Nats(tolerance) where there is an error estimate.
+        t: Noise level whose density is asked, a number or (B,); default t_min.
+        end: "marginal": log p at t_min of x as given, what others report. "heat" (one evaluation more) or
+            "extrapolate" (three): corrected to log p_0, for smooth densities only: data with edges, such as
+            dequantised integers, get a first-order error in sigma.
+        data_moments: Gaussian of the *data* (in the model's units): the terminal law is then its p_T, not the prior.
+        transform: Maps x into the model's units; log_prob stays a density in the units of x.
+        seed: Of the probes, 0 <= seed < 2^63.
+        indices: (B,) global sample numbers that key the probes; default 0..B-1: pass them when you shuffle or split.
+        max_evaluations: Network evaluations a sample at most.
+        wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
+        progress: Show a progress bar.
+        throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
+
+    Returns:
+        A LogLikelihood; every field per sample.
+
+    Raises:
+        ValueError, TypeError: Arguments that do not fit.
+        SolveError: A sample failed and `throw`; or the network cannot be used.
+    """
+    require_batch("x", x)
+    require_seed(seed)
+    require_same_device(model, x)
+    require_deterministic(model)
+    model.check_batch(x.shape[0])
+    method = _method(model, x, divergence, tolerance, nodes, solver, controller)
+    _check_end(end, t)
+    limits = check_limits(max_evaluations, wall_time, progress)
+    sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
+    start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
+    mapped = x if transform is None else transform.forward(x)
+    term = LikelihoodFlow(model, method.divergence, x.shape[1:], seed, numbers)
+    with torch.no_grad():
+        entry = enter_data(term, mapped, end) if x.shape[0] else Entry.empty(mapped)
+        s0 = term.coordinate(start)
+        problem = Problem(
+            term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - entry.evaluations
+        )
+        if problem.max_evaluations < 1:
+            raise ValueError(
+                f"max_evaluations={max_evaluations}; more than {entry.evaluations} is needed for end={end!r}."
+            )
+        outcome = drive(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
+        result = _result(term, method, outcome, entry, start, data_moments, transform)
+    finish(result, outcome, result.t, "the noise's end of time", numbers, throw)
+    _warn_loose(result, method)
+    return result
+
+
+def _method(
+    model: ScoreModel,
+    x: Tensor,
+    divergence: Divergence | None,
+    tolerance: float,
+    nodes: int | None,
+    solver: Solver | None,
+    controller: Controller | None,
+) -> _Method:
+    """The divergence, solver and controller asked for, checked to fit one another."""
+    require_positive("tolerance", tolerance)
+    if nodes is not None and (solver is not None or controller is not None):
+        raise ValueError("nodes= together with solver= or controller=; nodes chooses both: pass one or the other.")
+    chosen_solver: Solver = solver if solver is not None else Adams(4 if nodes is None else _GRID_STEPS)
+    if controller is not None:
+        judge = controller
+    elif nodes is not None:
+        require_count("nodes", nodes, 2)
+        mixed = MixedTime(model.sde, model.data_std)
+        judge = FixedGrid(mixed.time(torch.linspace(0.0, 1.0, nodes, dtype=torch.float64)))
+    elif chosen_solver.error_order is None:
+        raise ValueError(f"{solver} has no error estimate; pass controller=sdekit.FixedGrid(times) with it.")
+    else:
+        judge = Nats(tolerance)
+    check_method(chosen_solver, judge, None)
+    if divergence is None:
+        size = x.shape[1:].numel()
+        divergence = Exact() if size <= _EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
+    if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
+        raise ValueError(
+            f"fresh probes need a solver that weighs its nodes, and {type(chosen_solver).__name__} does not: "
+            "use the default solver, or Hutchinson(..., fresh=False)."
+        )
+    return _Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
+
+
+def _check_end(end: str, t: Tensor | float | None) -> None:
+    if end not in ("marginal", "heat", "extrapolate"):
+        raise ValueError(f"end={end!r}; 'marginal', 'heat' or 'extrapolate' is needed.")
+    if end == "marginal":
+        return
+    if t is not None:
+        raise ValueError(f"t={t} with end={end!r}; the correction goes from t_min to the data: leave t out.")
+    warnings.warn(
+        f"end={end!r} estimates log p_0 of a smooth density. For data with edges (dequantised integers) it is wrong by "
+        "first order in sigma: use end='marginal' there.",
+        SmoothnessWarning,
+        stacklevel=3,
+    )
+
+
+def _result(
+    term: LikelihoodFlow,
+    method: _Method,
+    outcome: Outcome,
+    entry: Entry,
+    start: Tensor,
+    data_moments: Gaussian | None,
+    transform: Affine | None,
+) -> LogLikelihood:
+    """The LogLikelihood of a finished drive."""
+    carry, sde = outcome.carry, term.model.sde
+    state: FlowState = carry.z
+    last = term.time(carry.s)
+    latent = term.leave(state, carry.s)
+    size = state.u.shape[1]
+    values = state.log_det[:, :1] if term.fresh else state.log_det
+    log_det = size * (term.log_scale(last) - term.log_scale(start)) + values.mean(1) + entry.log_det
+    if transform is not None:
+        log_det = log_det + transform.log_det(term.event)
+    if data_moments is None:
+        log_prior = sde.prior_log_prob(latent)
+    else:
+        log_prior = data_moments.marginal_log_prob(sde, latent, sde.t_max)
+    variance = _probe_variance(term, method.solver, carry.memory, state) + entry.variance
+    spent = method.controller.spent(carry.control)
+    solver_error = torch.full_like(log_prior, math.nan) if spent is None else spent
+    status = carry.status
+    if method.tolerance is not None:
+        status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
+    arrived = (status == Status.DONE) | (status == Status.LOOSE)
+    nothing = torch.full_like(log_prior, math.nan)
+    stats = Stats(
+        carry.evaluations + entry.evaluations, carry.accepted, carry.rejected, outcome.calls + entry.evaluations
+    )
+    return LogLikelihood(
+        torch.where(arrived, log_prior + log_det, nothing),
+        torch.where(arrived, variance.sqrt(), nothing),
+        torch.where(arrived, solver_error, nothing),
+        torch.where(arrived, log_prior, nothing),
+        torch.where(arrived, log_det, nothing),
+        latent,
+        status,
+        stats,
+        last,
+    )
+
+
+def _probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: FlowState) -> Tensor:
+    """(B,) variance that the probes left in the log determinant."""
+    if not isinstance(term.divergence, Hutchinson):
+        return torch.zeros_like(state.log_det[:, 0])
+    if term.fresh:
+        assert isinstance(solver, Adams)  # the only solver that weighs its nodes
+        return solver.probe_variance(term, memory)  # type: ignore[arg-type]
+    if term.keeps_product:
+        probe = term.divergence.draw(
+            term.seed, term.indices, torch.zeros_like(term.indices), state.u.shape[1], torch.float64
+        )[0]
+        product = state.product.double()
+        along = (probe * product).sum(1)
+        # The identity's multiple has no variance; without a second probe the squared diagonal is not known.
+        return 2.0 * (product.square().sum(1) - along.square() / state.u.shape[1]).clamp(min=0.0)
+    return state.log_det.var(1) / state.log_det.shape[1]
+
+
+def _warn_loose(result: LogLikelihood, method: _Method) -> None:
+    loose = int((result.status == Status.LOOSE).sum())
+    if loose:
+        worst = float(result.solver_error.nan_to_num(0.0).max())
+        warnings.warn(
+            f"{loose} of {result.status.shape[0]} samples arrived with an estimated error above tolerance="
+            f"{method.tolerance:g} (worst {worst:.3g} nats); see solver_error and status. Kinked networks (ReLU) and "
+            "low precision reach the cap: loosen the tolerance.",
+            ToleranceWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,89 @@
+"""A whole ScoreModel as one safetensors file.
+
+Weights are the tensors; SDE, parameterization, label and data_std are one JSON text in the metadata. Nothing is
+executed on loading. Only sdekit's own values are written: a class of the user's could not be found again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..sde import VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
+from .parameterization import EDM, Data, LogSigmaLabel, Noise, Score, SigmaLabel, TimeLabel, V, Velocity
+
+_FORMAT = "sdekit.ScoreModel/1"
+_VALUES: tuple[type[Any], ...] = (
+    *(VPSDE, SubVPSDE, CosineVPSDE, TableVPSDE, VESDE, KarrasSDE, RectifiedFlow),
+    *(Noise, Score, Data, Velocity, V, EDM),
+    *(TimeLabel, LogSigmaLabel, SigmaLabel),
+)
+_RENAMED = {KarrasSDE: {"t_min": "sigma_min", "t_max": "sigma_max"}}
+
+
+def _encode(value: Any) -> Any:
+    """JSON of a value made of sdekit's dataclasses and numbers."""
+    if isinstance(value, (int, float, str)) or value is None:
+        return value
+    if isinstance(value, tuple):
+        return [_encode(part) for part in value]
+    if type(value) not in _VALUES:
+        raise ValueError(
+            f"{value!r} is not one of sdekit's own values and could not be read back from a file. "
+            "Use sdekit's SDEs, parameterizations and labels (TimeLabel, LogSigmaLabel, SigmaLabel, table_label), "
+            "or save net.state_dict() yourself and build the ScoreModel in code."
+        )
+    names = _RENAMED.get(type(value), {})
+    fields = [f.name for f in dataclasses.fields(value) if not f.name.startswith("_")]
+    return {"class": type(value).__name__, **{names.get(f, f): _encode(getattr(value, f)) for f in fields}}
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(part) for part in value)
+    if not isinstance(value, dict):
+        return value
+    known = {cls.__name__: cls for cls in _VALUES}
+    name = value.get("class")
+    if name not in known:
+        raise ValueError(f"class {name!r} in the file is unknown to this version of sdekit; known: {sorted(known)}.")
+    return known[name](**{key: _decode(part) for key, part in value.items() if key != "class"})
+
+
+def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes weights and facts (SDE, parameterization, numbers) to `path`.
+
+    Raises:
+        ValueError: A fact is not one of sdekit's own values.
+    """
+    text = json.dumps({name: _encode(value) for name, value in facts.items()})
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    save_file(tensors, str(path), metadata={"format": _FORMAT, "model": text})
+
+
+def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and facts that `write_model` put into `path`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is another kind of file.
+    """
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a safetensors file: {error}.") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{str(path)!r} has format {metadata.get('format')!r}; {_FORMAT!r} is needed, "
+            "a file written by ScoreModel.save."
+        )
+    return tensors, {name: _decode(value) for name, value in json.loads(metadata["model"]).items()}

@@ -1,0 +1,97 @@
+"""What a solve returns, per sample: where it got to, how it ended, what it cost."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """How a sample ended.
+
+    `DONE` and `LOOSE` arrived: `LOOSE` says that by its own estimate the error exceeds the tolerance (the cap on
+    evaluations was reached, or the estimate came out above).
+    """
+
+    RUNNING = 0
+    DONE = 1
+    LOOSE = 2
+    NOT_FINITE = 3
+    STEP_FLOOR = 4
+    BUDGET = 5
+    TIME_LIMIT = 6
+    INTERRUPTED = 7
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the result is valid."""
+        return self in (Status.DONE, Status.LOOSE)
+
+
+EXPLANATIONS = {
+    Status.RUNNING: "not finished",
+    Status.LOOSE: "arrived with an estimated error above the tolerance",
+    Status.NOT_FINITE: "the state or the network's output is not finite",
+    Status.STEP_FLOOR: "no step is small enough for the tolerance",
+    Status.BUDGET: "max_evaluations reached",
+    Status.TIME_LIMIT: "wall_time reached",
+    Status.INTERRUPTED: "interrupted",
+}
+
+
+class Stats(NamedTuple):
+    """What each sample cost.
+
+    Attributes:
+        evaluations: (B,) int64 network evaluations it needed, start-up and rejected steps included.
+        accepted: (B,) int64 accepted steps.
+        rejected: (B,) int64 rejected steps.
+        calls: Network calls of the whole solve; samples of one call share it.
+    """
+
+    evaluations: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    calls: int
+
+
+class Solution(NamedTuple):
+    """Where a solve ended.
+
+    Attributes:
+        x: (B, *event) the state reached.
+        t: (B,) float64 the time reached.
+        status: (B,) int64 of `Status`.
+        stats: What it cost.
+    """
+
+    x: Tensor
+    t: Tensor
+    status: Tensor
+    stats: Stats
+
+
+def describe(status: Tensor, t: Tensor, target: str, indices: Tensor, details: dict[int, Any] | None = None) -> str:
+    """The message for a batch in which some samples did not arrive.
+
+    Args:
+        status: (B,) of `Status`.
+        t: (B,) times reached.
+        target: Where they should have arrived, in words.
+        indices: (B,) global sample numbers, named in the message.
+        details: More to say of a row, by row number.
+    """
+    bad = [(row, Status(code)) for row, code in enumerate(status.tolist()) if not Status(code).arrived]
+    lines = [f"{len(bad)} of {status.shape[0]} samples did not reach {target}."]
+    for row, code in bad[:8]:
+        more = f" ({details[row]})" if details and row in details else ""
+        lines.append(f"  sample {int(indices[row])} at t={float(t[row]):.6g}: {EXPLANATIONS[code]}{more}")
+    if len(bad) > 8:
+        lines.append(f"  and {len(bad) - 8} more")
+    lines.append(
+        "Loosen the tolerance, raise `max_evaluations` or `wall_time`, mend the network; or pass `throw=False` to keep "
+        "the samples that succeeded and read `status`. This error carries what there is as `.solution`."
+    )
+    return "\n".join(lines)

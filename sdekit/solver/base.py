@@ -1,0 +1,96 @@
+"""What a solver is: a frozen value that proposes one step for every sample.
+
+    init(term, z) -> memory                            no network call
+    ready(memory) -> (B,) bool                         False: the sample's next advance fills the memory at s, in place
+    propose(term, s0, s1, z, memory, path) -> Proposal
+
+Memory is state of (B, ...) tensors, committed only where the step is accepted. The first advance of a sample is an
+ordinary one of length zero if its memory needs an evaluation to start with, so a refilled slot or a captured graph
+needs no second code path.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._tensor import column, tree_map
+from ..brownian import BrownianPath
+from ..terms import Aux, Term
+
+
+class Proposal(NamedTuple):
+    """One proposed step.
+
+    Attributes:
+        z: The state at s1.
+        error: A tree like `z`, the estimated local error, or None for a solver without one.
+        aux: Of the step's last evaluation.
+        memory: To be committed if the step is accepted.
+        settled: (B,) whether the solver worked at its full order (False while a multistep method starts up).
+    """
+
+    z: Any
+    error: Any
+    aux: Aux
+    memory: Any
+    settled: Tensor
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A method of integration. To write one, subclass as a frozen dataclass and state the abstract members."""
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """The order of the propagated solution."""
+
+    @property
+    @abstractmethod
+    def error_order(self) -> int | None:
+        """The order of the solution whose error is estimated; None: no estimate, a fixed grid is needed."""
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> int:
+        """Network evaluations of one advance."""
+
+    @property
+    def weighs_nodes(self) -> bool:
+        """Whether the solver keeps the weight of every node's probe, as fresh probes need."""
+        return False
+
+    @abstractmethod
+    def init(self, term: Term, z: Any) -> Any:
+        """The memory at the start, without a network call."""
+
+    def ready(self, memory: Any) -> Tensor | None:
+        """(B,) whether the next advance may move; None: always."""
+        return None
+
+    @abstractmethod
+    def propose(self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Any, path: BrownianPath | None) -> Proposal:
+        """A step from s0 to s1 (B,) for every sample."""
+
+
+def batch_of(z: Any) -> Tensor:
+    """A leaf of the state, for its batch size and device."""
+    while not isinstance(z, Tensor):
+        z = z[0]
+    return z
+
+
+def counters(z: Any) -> Tensor:
+    """(B,) int64 zeros."""
+    leaf = batch_of(z)
+    return torch.zeros(leaf.shape[0], dtype=torch.int64, device=leaf.device)
+
+
+def step_by(z: Any, h: Tensor, slope: Any) -> Any:
+    """z + h * slope, leaf by leaf; `h` is (B,)."""
+    return tree_map(lambda state, rate: state + column(h, state) * rate.to(state.dtype), z, slope)
