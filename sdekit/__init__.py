@@ -18,7 +18,8 @@ from .errors import (
     ToleranceWarning,
 )
 from .integrate import integrate
-from .likelihood import Affine, LogLikelihood, log_likelihood
+from .likelihood import LogLikelihood, log_likelihood
+from .likelihood_flow import LikelihoodFlow
 from .model import (
     LogSigmaLabel,
     Parameterization,
@@ -52,7 +53,8 @@ from .solver import (
     Tableau,
     Tsit5,
 )
-from .terms import LikelihoodFlow, ProbabilityFlow, ReverseSDE, Term
+from .terms import ProbabilityFlow, ReverseSDE, Term
+from .units import Affine
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,7 @@
-"""Arrays on disk: .npy, .npz and .safetensors, read without executing anything and written so that a reader sees the
-old file or the new one, never half of either."""
+"""Arrays on disk: .npy, .npz and .safetensors.
+
+They are read without executing anything, and written so that a reader sees the old file or the new one, never half.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def read_array(path: Path, key: str | None = None) -> Tensor:
     try:
         if suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as file:
-                return file.get_tensor(_choose(path, list(file.keys()), key))
+                found: Tensor = file.get_tensor(_choose(path, list(file.keys()), key))
+                return found
         loaded = np.load(path, allow_pickle=False)
         if suffix == ".npz":
             with loaded:

@@ -119,5 +119,6 @@ def require_deterministic(module: nn.Module) -> None:
         if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
             raise ValueError(
                 f"the network's {name or type(part).__name__} is batch normalisation by batch statistics: samples "
-                "influence one another, and the trace is not their divergence. Call net.eval(), keep running statistics."
+                "influence one another, and the trace is not their divergence. Call net.eval(), with running "
+                "statistics."
             )

@@ -1,8 +1,8 @@
 """Log-likelihoods of a whole array: in batches, resumable, and the same numbers however it is cut.
 
-After each batch everything finished so far is written to one file beside the result, with a fingerprint of the data, the
-model and the options. A run that was interrupted goes on from there; a file with another fingerprint is refused, so that
-numbers of two runs are never mixed. The batch size is no part of the fingerprint, since no result depends on it.
+After each batch everything finished so far is written to one file beside the result, with a fingerprint of the data,
+the model and the options. A run that was interrupted goes on from there; a file with another fingerprint is refused, so
+that numbers of two runs are never mixed. The batch size is no part of the fingerprint, since no result depends on it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, result: LogLikelihood) -> Scores:
         """The scores of one batch, on the CPU."""
-        values = [getattr(result, name) for name in cls._fields[:-1]]
-        return cls(*(value.cpu() for value in values), result.stats.evaluations.cpu())
+        values = [getattr(result, name) for name in cls._fields[:-1]] + [result.stats.evaluations]
+        return cls(*(value.cpu() for value in values))
 
     @classmethod
     def join(cls, parts: list[Scores]) -> Scores:
@@ -124,6 +124,8 @@ def evaluate(
         Interrupted: Ctrl-C was pressed; what was finished is in `partial`.
         SolveError: The network cannot be used.
     """
+    if x.shape[0] == 0:
+        raise ValueError(f"x.shape={tuple(x.shape)}; at least one sample is needed.")
     mark = fingerprint(model, x, options)
     parts = [] if partial is None else _resume(partial, mark)
     done = sum(part.log_prob.shape[0] for part in parts)

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from ._checks import require_positive
-from ._tensor import all_finite
 from .solver.base import Proposal, Solver
 from .terms import Term
 
 
 class Step(NamedTuple):
-    """What a step started from: s0, s1 (B,) and the state z before it."""
+    """A step proposed: s0, s1 (B,), the state z before it, and whether all of the state after it is finite (B,)."""
 
     s0: Tensor
     s1: Tensor
     z: Any
+    finite: Tensor
 
 
 class Verdict(NamedTuple):
@@ -111,7 +111,7 @@ class FixedGrid(Controller):
     def judge(
         self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: GridState
     ) -> Verdict:
-        accept = all_finite(proposal.z)
+        accept = step.finite
         indicated = state.indicated
         if term.has_density and proposal.error is not None:
             cost = term.nats(proposal.error, proposal.aux)
@@ -178,7 +178,7 @@ class Nats(Controller):
         ratio = cost / (allowed * (share / self._STEPS).sqrt())
         ratio = ratio * torch.where(proposal.settled, 1.0, self._RAMP)
         ratio = ratio * torch.exp(-math.log(4.0) * ((calls - self.cap).clamp(min=0) // 32).double())
-        finite = torch.isfinite(ratio) & all_finite(proposal.z)
+        finite = torch.isfinite(ratio) & step.finite
         at_floor = length <= self._FLOOR
         accept = finite & ((ratio <= 2.0) | at_floor)
         power = -1.0 / ((solver.error_order or solver.order) + 0.5)
@@ -241,7 +241,7 @@ class PID(Controller):
         error, old, new = (term.watched(part) for part in (proposal.error, step.z, proposal.z))
         scale = self.atol + self.rtol * torch.maximum(old.abs(), new.abs())
         ratio = (error / scale).square().mean(1, dtype=torch.float64).sqrt()
-        finite = torch.isfinite(ratio) & all_finite(proposal.z)
+        finite = torch.isfinite(ratio) & step.finite
         accept = finite & (ratio <= 1.0)
         power = 1.0 / ((solver.error_order or solver.order) + 1.0)
         safe = ratio.clamp(min=1e-10)

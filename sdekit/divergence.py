@@ -158,24 +158,36 @@ class Hutchinson(Divergence):
         traces = (probes * products).sum(2, dtype=torch.float64).T
         return FieldValue(result[0], traces, products.transpose(0, 1))
 
-    def draw(self, seed: int, indices: Tensor, node: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    @staticmethod
+    def keys(seed: int, indices: Tensor) -> Tensor:
+        """(B, 2) int64 keys of the value's probes and the control's, from the seed and the global sample numbers."""
+        return torch.stack([_random.sample_keys(seed, use, indices) for use in (Stream.PROBE, Stream.CONTROL)], 1)
+
+    def draw(self, keys: Tensor, node: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """(P, B, D) probes: those of the value first, the control's last.
 
         Args:
-            seed: The caller's seed.
-            indices: (B,) int64 global sample numbers.
+            keys: (B, 2) from `keys`.
             node: (B,) int64 number of the accepted node; ignored for fixed probes.
             size: D.
             dtype: Of the states.
         """
         law, still = _DRAWS[self.law], torch.zeros_like(node)
-        keys = _random.sample_keys(seed, Stream.PROBE, indices)
-        value = law(keys, node if self.fresh else still, self.probes * size, dtype)
+        value = law(keys[:, 0], node if self.fresh else still, self.probes * size, dtype)
         drawn = value.reshape(-1, self.probes, size).transpose(0, 1)
         if not self.control:
             return drawn
-        control = law(_random.sample_keys(seed, Stream.CONTROL, indices), still, size, dtype)
+        control = law(keys[:, 1], still, size, dtype)
         return torch.cat((drawn, control[None]))
+
+
+def require_traceable(field: Field, x: Tensor) -> None:
+    """Raises NetworkError if the output of `field` at `x` does not depend on it by autograd.
+
+    Forward mode cannot tell: there a detached output has a derivative of zero.
+    """
+    out, leaf = _traced(field, x)
+    _vector_jacobian(out, leaf, torch.ones_like(out)[None], keep=False)
 
 
 def _traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,151 +231,10 @@ def _forward_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Ten
             return value.detach(), tangent.detach()[None]
         value, tangents = torch.func.vmap(push, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
         return value.detach(), tangents.detach()
-    except (NotImplementedError, RuntimeError) as error:
+    except (NetworkError, NotImplementedError, RuntimeError) as error:  # a ScoreModel wraps its kernels' errors
         warnings.warn(
             f"a kernel of the network has no forward mode ({str(error).splitlines()[0]}); using mode='vjp'.",
             SdekitWarning,
             stacklevel=2,
         )
         return None
-
-
-class Note(NamedTuple):
-    """What is kept of the fresh probes of one node, K averaged: enough for the variance of v . w.
-
-    Attributes:
-        size: (B,) |w|^2.
-        trace: (B,) (v . w) / D.
-        mark: (B, D) v * w elementwise (Rademacher), an unbiased estimate of the Jacobian's diagonal.
-    """
-
-    size: Tensor
-    trace: Tensor
-    mark: Tensor
-
-
-def note(probes: Tensor, products: Tensor) -> Note:
-    """The `Note` of the value probes (K, B, D) and their products (B, K, D)."""
-    marks = probes.transpose(0, 1) * products
-    return Note(
-        products.square().sum(2, dtype=torch.float64).mean(1),
-        marks.sum(2, dtype=torch.float64).mean(1) / products.shape[2],
-        marks.mean(1),
-    )
-
-
-class Ledger(NamedTuple):
-    """The variance of sum_j weight_j (v_j . w_j), settled node by node as weights become final.
-
-    Attributes (m open nodes, newest first):
-        weight: (B, m) quadrature weight so far.
-        size, trace: (B, m) of each open node's `Note`.
-        link: (B, m) mark_j . mark_{j-1} with the node before it; 0 for the first node.
-        mark: (B, D) of the newest node.
-        last: (B,) trace of the node settled last.
-        settled: (B,) how many nodes are settled.
-        variance: (B,) of what is settled.
-    """
-
-    weight: Tensor
-    size: Tensor
-    trace: Tensor
-    link: Tensor
-    mark: Tensor
-    last: Tensor
-    settled: Tensor
-    variance: Tensor
-
-
-def open_ledger(batch: int, size: int, depth: int, dtype: torch.dtype, device: torch.device) -> Ledger:
-    """An empty ledger for `batch` samples of `size` dimensions and `depth` open nodes."""
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-    return Ledger(
-        weight=zeros(batch, depth),
-        size=zeros(batch, depth),
-        trace=zeros(batch, depth),
-        link=zeros(batch, depth),
-        mark=torch.zeros(batch, size, dtype=dtype, device=device),
-        last=zeros(batch),
-        settled=torch.zeros(batch, dtype=torch.int64, device=device),
-        variance=zeros(batch),
-    )
-
-
-class _Neighbour(NamedTuple):
-    """The node before or after: present (0 or 1), its trace, its link with the node asked about; each (B,)."""
-
-    present: Tensor
-    trace: Tensor
-    link: Tensor
-
-
-def _node_variance(
-    law: Law, dim: int, probes: int, size: Tensor, trace: Tensor, before: _Neighbour, after: _Neighbour
-) -> Tensor:
-    """Variance of one node's estimate from its own probe's size and trace, and its neighbours."""
-    count = (before.present + after.present).clamp(min=1.0)
-    around = (before.present * before.trace + after.present * after.trace) / count
-    if law == "gaussian":
-        variance = 2.0 * size
-    elif law == "sphere":
-        variance = 2.0 * dim / (dim + 2.0) * (size - dim * trace * around)
-    else:
-        # Without the multiple a of the identity, which has no variance, estimated by the neighbours alone.
-        shift = dim * around * around
-        length = size - 2.0 * dim * around * trace + shift
-        diagonal = torch.zeros_like(size)
-        for near in (before, after):
-            diagonal = diagonal + near.present * (near.link - dim * around * (trace + near.trace) + shift)
-        variance = 2.0 * (length - diagonal / count)
-    return variance / probes
-
-
-def post(ledger: Ledger, entry: Note, weights: Tensor, count: Tensor, law: Law, probes: int) -> Ledger:
-    """The ledger after a step: weights booked, the new node entered, the oldest node settled if m are open.
-
-    Args:
-        ledger: Before the step, with `count` (B,) nodes entered so far.
-        entry: The new node's.
-        weights: (B, m + 1) what this step adds to the weight of the new node, then of the open ones, newest first.
-        count: (B,) int64.
-        law: Of the probes.
-        probes: How many a node's estimate averages.
-    """
-    depth, dim = ledger.weight.shape[1], ledger.mark.shape[1]
-    link = (entry.mark * ledger.mark).sum(1, dtype=torch.float64) * (count > 0)
-    weight = torch.cat((weights[:, :1], ledger.weight + weights[:, 1:]), 1)
-    size = torch.cat((entry.size[:, None], ledger.size), 1)
-    trace = torch.cat((entry.trace[:, None], ledger.trace), 1)
-    links = torch.cat((link[:, None], ledger.link), 1)
-    full = count >= depth
-    before = _Neighbour((ledger.settled > 0).double(), ledger.last, links[:, depth])
-    after = _Neighbour(torch.ones_like(link), trace[:, depth - 1], links[:, depth - 1])
-    variance = _node_variance(law, dim, probes, size[:, depth], trace[:, depth], before, after)
-    return Ledger(
-        weight[:, :depth],
-        size[:, :depth],
-        trace[:, :depth],
-        links[:, :depth],
-        entry.mark,
-        torch.where(full, trace[:, depth], ledger.last),
-        ledger.settled + full,
-        ledger.variance + torch.where(full, weight[:, depth].square() * variance, 0.0),
-    )
-
-
-def settle(ledger: Ledger, count: Tensor, law: Law, probes: int) -> Tensor:
-    """(B,) the whole variance, the open nodes included, clamped at 0; `count` (B,) nodes were entered."""
-    depth, dim = ledger.weight.shape[1], ledger.mark.shape[1]
-    total, nothing = ledger.variance, torch.zeros_like(ledger.variance)
-    for j in range(depth):
-        elder = ledger.trace[:, j + 1] if j + 1 < depth else ledger.last
-        before = _Neighbour((count > j + 1).double(), elder, ledger.link[:, j])
-        newer = _Neighbour(torch.ones_like(nothing), ledger.trace[:, j - 1], ledger.link[:, j - 1])
-        after = newer if j > 0 else _Neighbour(nothing, nothing, nothing)
-        variance = _node_variance(law, dim, probes, ledger.size[:, j], ledger.trace[:, j], before, after)
-        total = total + torch.where(count > j, ledger.weight[:, j].square() * variance, 0.0)
-    return total.clamp(min=0.0)

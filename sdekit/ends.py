@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ._tensor import column, flatten
-from .divergence import Hutchinson, note
+from .divergence import Hutchinson
+from .ledger import lone_variance, note
+from .likelihood_flow import LikelihoodFlow
 from .model.parameterization import Mix
-from .terms import LikelihoodFlow
 
 End = Literal["marginal", "heat", "extrapolate"]
 
@@ -94,13 +95,11 @@ def _score(term: LikelihoodFlow, y: Tensor, t: Tensor, number: int) -> tuple[Ten
     assert divergence is not None  # a LikelihoodFlow of log_likelihood has one
     probes = None
     if isinstance(divergence, Hutchinson):
-        node = torch.full_like(term.indices, _SHIFT + number if divergence.fresh else 0)
-        probes = divergence.draw(term.seed, term.indices, node, y.shape[1], y.dtype)
+        node = torch.full_like(term.keys[:, 0], _SHIFT + number if divergence.fresh else 0)
+        probes = divergence.draw(term.keys, node, y.shape[1], y.dtype)
     value, traces, products = divergence.evaluate(field, y, probes)
     if not isinstance(divergence, Hutchinson) or probes is None or products is None:
         return value, traces[:, 0], torch.zeros_like(traces[:, 0])
     count = divergence.probes
-    kept = note(probes[:count], products[:, :count])
-    # Without a second node the squared diagonal is bounded by its mean's: conservative.
-    variance = 2.0 * (kept.size - y.shape[1] * kept.trace.square()).clamp(min=0.0) / count
+    variance = lone_variance(note(probes[:count], products[:, :count]), divergence.law, y.shape[1], count)
     return value, traces[:, :count].mean(1), variance

@@ -51,14 +51,20 @@ class MixedTime:
     def _saturating(self, q: Tensor) -> Tensor:
         return -torch.log1p(_SPREAD * self.data_std / (q.exp() + _FLOOR * self.data_std))
 
+    def _both(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """s and ds/dq at q; d/dq of -log(1 + a/r), r = rho + b, is a rho / (r (r + a))."""
+        rho, wide = q.exp(), _SPREAD * self.data_std
+        ratio = wide / (rho + _FLOOR * self.data_std)
+        position = self._scale_log * (q - self._low) - self._scale_sat * (torch.log1p(ratio) + self._base)
+        return position, self._scale_log + self._scale_sat * rho * ratio.square() / (wide * (1.0 + ratio))
+
     def position(self, q: Tensor) -> Tensor:
         """s in [0, 1] at q = log(sigma/alpha), float64, the shape of `q`."""
-        return self._scale_log * (q - self._low) + self._scale_sat * (self._saturating(q) - self._base)
+        return self._both(q)[0]
 
     def slope(self, q: Tensor) -> Tensor:
         """ds/dq > 0 at q = log(sigma/alpha)."""
-        rho, inner, outer = q.exp(), _FLOOR * self.data_std, (_FLOOR + _SPREAD) * self.data_std
-        return self._scale_log + self._scale_sat * _SPREAD * self.data_std * rho / ((rho + inner) * (rho + outer))
+        return self._both(q)[1]
 
     def log_ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """q = log(sigma/alpha) at `s` and dq/ds there, by a table and two Newton steps, without a branch."""
@@ -67,8 +73,9 @@ class MixedTime:
         left_s = table_s[right - 1]
         q = table_q[right - 1] + self._spacing * (s - left_s) / (table_s[right] - left_s)
         for _ in range(2):
-            q = q - (self.position(q) - s) / self.slope(q)
-        return q, self.slope(q).reciprocal()
+            here, slope = self._both(q)
+            q = q - (here - s) / slope
+        return q, self._both(q)[1].reciprocal()
 
     def coordinate(self, t: Tensor) -> Tensor:
         """s at time `t`, float64, the shape of `t`; exactly 0 at t_min and 1 at t_max."""

@@ -79,18 +79,17 @@ def advance(problem: Problem, carry: Carry) -> Carry:
     if ready is not None:
         s1 = torch.where(ready, s1, carry.s)
     proposal = solver.propose(term, carry.s, s1, carry.z, carry.memory, path)
-    verdict = controller.judge(term, solver, proposal, Step(carry.s, s1, carry.z), s_end, carry.control)
+    finite = all_finite(proposal.z)
+    verdict = controller.judge(term, solver, proposal, Step(carry.s, s1, carry.z, finite), s_end, carry.control)
     accept, failed, judged = verdict.accept, verdict.failed, running
     if ready is not None:  # a start in place is not a step: nothing to judge but whether it is finite
-        finite = all_finite(proposal.z)
         accept, failed = torch.where(ready, accept, finite), torch.where(ready, failed, ~finite)
         judged = running & ready
     accept, failed = accept & running, failed & running
     evaluations = carry.evaluations + running * solver.evaluations
     status = torch.where(accept & (s1 == s_end), int(Status.DONE), carry.status)
-    status = torch.where(
-        failed, torch.where(all_finite(proposal.z), int(Status.STEP_FLOOR), int(Status.NOT_FINITE)), status
-    )
+    failure = torch.where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
+    status = torch.where(failed, failure, status)
     spent = (status == Status.RUNNING) & (evaluations + solver.evaluations > budget)
     return Carry(
         torch.where(accept, s1, carry.s),

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,51 +32,22 @@ from ._checks import (
     require_seed,
 )
 from .controller import Controller, FixedGrid, Nats
-from .divergence import Divergence, Exact, Hutchinson
+from .divergence import Divergence, Exact, Hutchinson, require_traceable
 from .ends import End, Entry, enter_data
 from .errors import SmoothnessWarning, ToleranceWarning
 from .grid import MixedTime
 from .integrate import Outcome, Problem, begin, check_limits, check_method, drive, finish, times_of
+from .ledger import lone_variance, note
+from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
 from .solution import Stats, Status
 from .solver.adams import Adams
 from .solver.base import Solver
 from .targets import Gaussian
-from .terms import FlowState, LikelihoodFlow
+from .units import Affine, bits_per_dim
 
 _EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_STEPS = 3  # Adams steps on a fixed grid: more nodes in the formula amplify what the grid misses
-
-
-@dataclass(frozen=True)
-class Affine:
-    """The map between a user's units and the model's: model = scale * user + shift.
-
-    Args:
-        scale: Nonzero; a number, or a tensor of the event's shape.
-        shift: A number, or a tensor of the event's shape.
-    """
-
-    scale: float | Tensor = 1.0
-    shift: float | Tensor = 0.0
-
-    def __post_init__(self) -> None:
-        scale = torch.as_tensor(self.scale, dtype=torch.float64)
-        if not bool((torch.isfinite(scale) & (scale != 0)).all()):
-            raise ValueError(f"scale={self.scale!r}; finite and nonzero is needed.")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` of the user in the model's units, in the dtype of `x`."""
-        return x * torch.as_tensor(self.scale).to(x) + torch.as_tensor(self.shift).to(x)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """`x` of the model in the user's units, in the dtype of `x`."""
-        return (x - torch.as_tensor(self.shift).to(x)) / torch.as_tensor(self.scale).to(x)
-
-    def log_det(self, event: torch.Size) -> float:
-        """log |det| of the forward map for one sample of shape `event`, nats."""
-        scale = torch.as_tensor(self.scale, dtype=torch.float64).abs().log()
-        return float(scale.expand(event).sum())
 
 
 class LogLikelihood(NamedTuple):
@@ -117,11 +87,7 @@ class LogLikelihood(NamedTuple):
             low: Lower edge of the first bin.
             high: Upper edge of the last bin.
         """
-        require_count("levels", levels, 2)
-        if not low < high:
-            raise ValueError(f"low={low!r}, high={high!r}; low < high is needed.")
-        width = (high - low) / levels
-        return -self.log_prob / (self.latent.shape[1:].numel() * math.log(2.0)) - math.log2(width)
+        return bits_per_dim(self.log_prob, self.latent.shape[1:].numel(), levels, low, high)
 
 
 class _Method(NamedTuple):
@@ -194,7 +160,10 @@ def log_likelihood(
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
     start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
     mapped = x if transform is None else transform.forward(x)
-    term = LikelihoodFlow(model, method.divergence, x.shape[1:], seed, numbers)
+    term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
+    if isinstance(method.divergence, Hutchinson) and method.divergence.mode == "jvp" and x.shape[0]:
+        first = model.take(torch.zeros_like(numbers[:1]))
+        require_traceable(lambda state: first.output(state, start[:1]), mapped[:1])
     with torch.no_grad():
         entry = enter_data(term, mapped, end) if x.shape[0] else Entry.empty(mapped)
         s0 = term.coordinate(start)
@@ -319,14 +288,10 @@ def _probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state:
     if term.fresh:
         assert isinstance(solver, Adams)  # the only solver that weighs its nodes
         return solver.probe_variance(term, memory)  # type: ignore[arg-type]
-    if term.keeps_product:
-        probe = term.divergence.draw(
-            term.seed, term.indices, torch.zeros_like(term.indices), state.u.shape[1], torch.float64
-        )[0]
-        product = state.product.double()
-        along = (probe * product).sum(1)
-        # The identity's multiple has no variance; without a second probe the squared diagonal is not known.
-        return 2.0 * (product.square().sum(1) - along.square() / state.u.shape[1]).clamp(min=0.0)
+    if state.product is not None:  # one fixed probe: the whole path is one node
+        size, law = state.u.shape[1], term.divergence.law
+        probe = term.divergence.draw(term.keys, torch.zeros_like(term.keys[:, 0]), size, torch.float64)
+        return lone_variance(note(probe, state.product.double()[:, None]), law, size, 1)
     return state.log_det.var(1) / state.log_det.shape[1]
 
 

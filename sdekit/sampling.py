@@ -28,15 +28,17 @@ from ._checks import (
 from ._random import Stream
 from .brownian import IndependentIncrements
 from .controller import PID, Controller, FixedGrid
+from .divergence import Hutchinson
 from .grid import likelihood as likelihood_grid
 from .integrate import integrate
+from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .solution import Solution
 from .solver.adams import Adams
 from .solver.base import Solver
 from .solver.exponential import DPMSolverPP
 from .solver.stochastic import EulerMaruyama
-from .terms import LikelihoodFlow, ProbabilityFlow, ReverseSDE, Term
+from .terms import ProbabilityFlow, ReverseSDE, Term
 
 _FLOW_STEPS = 32  # of the default grid, eta = 0
 _SDE_STEPS = 200  # Euler-Maruyama is of order 1
@@ -105,7 +107,7 @@ def sample(
     elif isinstance(chosen, DPMSolverPP):
         term = ProbabilityFlow(model)
     else:
-        term = LikelihoodFlow(model, None, start.shape[1:], seed, numbers)
+        term = LikelihoodFlow(model, None, start.shape[1:], Hutchinson.keys(seed, numbers))
     count = steps if steps is not None else (_SDE_STEPS if eta > 0 else _FLOW_STEPS)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
     path = IndependentIncrements(seed, numbers) if eta > 0 else None
@@ -237,7 +239,7 @@ def _transport(
     require_deterministic(model)
     chosen = solver if solver is not None else Adams(_SAMPLING_NODES if steps is not None else 4)
     numbers = require_indices(None, x.shape[0], x.device)
-    term: Term = LikelihoodFlow(model, None, x.shape[1:], 0, numbers)
+    term: Term = LikelihoodFlow(model, None, x.shape[1:], Hutchinson.keys(0, numbers))
     if isinstance(chosen, DPMSolverPP):
         term = ProbabilityFlow(model)
     with torch.no_grad():

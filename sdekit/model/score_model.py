@@ -99,12 +99,18 @@ class ScoreModel(nn.Module):
             t: Times, (B,) float64, within [t_min, t_max].
 
         Raises:
-            NetworkError: The output is not a floating tensor of the shape of `x`.
+            NetworkError: The network raised, or its output is not a floating tensor of the shape of `x`.
         """
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
         scale = self.parameterization.input_scale(self.sde, t)
         seen = x if scale is None else column(scale, x) * x
-        out = self.net(seen.to(dtype), self.parameterization.label(self.sde, t).to(dtype), **self.bound)
+        label = self.parameterization.label(self.sde, t).to(dtype)
+        try:
+            out = self.net(seen.to(dtype), label, **self.bound)
+        except Exception as error:
+            raise NetworkError(
+                f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}"
+            ) from error
         if not isinstance(out, Tensor):
             raise NetworkError(
                 f"the network returned a {type(out).__name__}; a tensor of shape {tuple(x.shape)} is needed."

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ def as_time(t: Tensor | float) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
 class SDE(ABC):
     """A forward process, fixed by log alpha(t) and log sigma(t).
 

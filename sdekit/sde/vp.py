@@ -221,7 +221,7 @@ class TableVPSDE(SDE):
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> TableVPSDE:
-        """The table whose square roots are linear ("scaled linear", "quadratic"); the defaults are Stable Diffusion's."""
+        """The table of linear square roots ("scaled linear", "quadratic"); the defaults are Stable Diffusion's."""
         require_count("steps", steps, 2)
         scale = 1000.0 / steps
         ends = math.sqrt(beta_min * scale), math.sqrt(beta_max * scale)

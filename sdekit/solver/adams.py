@@ -26,8 +26,10 @@ from torch import Tensor
 
 from .._tensor import tree_map
 from ..brownian import BrownianPath
-from ..divergence import Hutchinson, Ledger, open_ledger, post, settle
-from ..terms import LikelihoodFlow, Term
+from ..divergence import Hutchinson
+from ..ledger import Ledger, open_ledger, post, settle
+from ..likelihood_flow import LikelihoodFlow
+from ..terms import Term
 from .base import Proposal, Solver, batch_of, counters
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
@@ -125,12 +127,16 @@ class Adams(Solver):
         places = torch.arange(depth + 1, device=s0.device)
         valid = places[1:] <= held[:, None]
         nodes = torch.cat((s1[:, None], memory.nodes), 1)
-        backward = newton_weights(memory.nodes, valid, s0, s1)
-        predict = (backward * valid[:, :, None]).sum(1) * valid
+        known = torch.cat((torch.ones_like(valid[:, :1]), valid), 1)
+        # Both interpolations at once: the predictor's nodes are the corrector's moved up by one, its last one void.
+        void = torch.zeros_like(valid[:, :1])
+        shifted, usable = torch.cat((memory.nodes, s1[:, None]), 1), torch.cat((valid, void), 1)
+        both = torch.cat((usable, known))
+        weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
+        backward, forward = (weights * (both[:, :, None] & both[:, None, :])).chunk(2)
+        predict = backward.sum(1)[:, :depth]
         predicted = tree_map(lambda state, past: state + _weighted(predict, past, state), z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
-        known = torch.cat((torch.ones_like(valid[:, :1]), valid), 1)
-        forward = newton_weights(nodes, known, s0, s1) * known[:, :, None] * known[:, None, :]
         correct = forward.sum(1)
         last = torch.take_along_dim(forward, held[:, None, None].expand(-1, 1, depth + 1), 1)[:, 0]
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)

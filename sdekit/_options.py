@@ -1,0 +1,91 @@
+"""What the commands have in common: options, and errors in one line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from ._evaluation import Interrupted
+from .errors import SdekitError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Stopped(click.ClickException):
+    """Ctrl-C, with the exit status that shells give it."""
+
+    exit_code = 130
+
+
+def one_line_errors(command: Command) -> Command:
+    """`command`, with what it raises turned into one line on stderr and an exit status of 1, or 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (SdekitError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+            if click.get_current_context().find_root().params.get("traceback"):
+                raise
+            message = f"{error}"
+            if isinstance(error, ModuleNotFoundError):
+                message += '; pip install "sdekit[demo]" brings what the commands need.'
+            kind = Stopped if isinstance(error, Interrupted) else click.ClickException
+            raise kind(message or type(error).__name__) from error
+
+    return run  # type: ignore[return-value]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; CUDA, where there is one, without a name."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """Raises unless `path` may be written."""
+    if path.exists() and not overwrite:
+        raise click.ClickException(f"{str(path)!r} exists; name another file, or pass --overwrite.")
+
+
+def _event(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise click.BadParameter(f"{text!r}; numbers with commas are needed, for example 3,32,32.")
+    return sizes
+
+
+key = click.option("--key", help="Name of the array in a .npz or .safetensors file that holds several.")
+seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is random.")
+batch = click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Samples at a time.")
+device = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace the result if it exists.")
+quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
+model = click.option("--model", "name", required=True, help="digits, a file of `sdekit train`, or module:function.")
+shape = click.option("--shape", callback=_event, help="Of a sample, as in 3,32,32; needed for module:function.")
+
+
+def levels(command: Command) -> Command:
+    """Adds the options that say what an array of integers stands for."""
+    for option in (
+        click.option("--high", type=float, default=1.0, show_default=True, help="Upper edge of the last level."),
+        click.option("--low", type=float, default=-1.0, show_default=True, help="Lower edge of the first level."),
+        click.option("--levels", "count", type=click.IntRange(2), help="Of the data: integers are dequantised."),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,283 @@
+"""The command line: `sdekit demo`, `likelihood`, `sample`, `train`.
+
+Each command reads its arguments, calls the library and prints; nothing is computed here. What goes wrong is one line on
+stderr and a nonzero exit status; `sdekit --traceback COMMAND` shows where it came from. Ctrl-C ends a command with
+status 130 and says what was kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import click
+import torch
+from torch import Tensor
+
+from . import _options as opt
+from ._arrays import read_array, require_suffix, write_arrays
+from ._evaluation import Options, Summary, evaluate, summarise
+from ._models import find_model, save_trained
+from ._recipes import Levels, NetworkChoice, train_array, train_digits
+from .divergence import Divergence, Exact, Hutchinson
+from .sampling import sample as draw_samples
+from .solver.base import Solver
+from .solver.exponential import DPMSolverPP
+from .solver.runge_kutta import RK4, Euler, Heun
+from .solver.stochastic import EulerMaruyama
+from .training import Recipe
+
+_SOLVERS: dict[str, Callable[[], Solver | None]] = {
+    "adams": lambda: None,  # the default of sdekit.sample
+    "euler": Euler,
+    "heun": Heun,
+    "rk4": RK4,
+    "dpm++": DPMSolverPP,
+    "euler-maruyama": EulerMaruyama,
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sdekit")
+@click.option("--traceback", is_flag=True, help="Show where an error came from.")
+def main(traceback: bool) -> None:
+    """Evaluate diffusion models: log-likelihoods with error bars, samples, training."""
+
+
+@main.command()
+@click.argument("data", type=opt.FILE)
+@opt.model
+@opt.key
+@click.option("--out", type=opt.FILE, help="Write every sample's numbers: .npz or .safetensors.")
+@click.option("--tolerance", type=float, default=1e-2, show_default=True, help="Nats per sample.")
+@click.option("--divergence", type=click.Choice(["exact", "hutchinson"]), help="[default: exact to 128 dimensions]")
+@click.option("--probes", type=click.IntRange(1), help="Of hutchinson.  [default: 1]")
+@opt.levels
+@opt.batch
+@opt.seed
+@opt.device
+@opt.overwrite
+@opt.quiet
+@opt.one_line_errors
+def likelihood(
+    data: Path,
+    name: str,
+    key: str | None,
+    out: Path | None,
+    tolerance: float,
+    divergence: Literal["exact", "hutchinson"] | None,
+    probes: int | None,
+    count: int | None,
+    low: float,
+    high: float,
+    batch_size: int,
+    seed: int,
+    device: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Print the mean log-likelihood of DATA (.npy, .npz, .safetensors) and its errors, in nats and bits/dim.
+
+    With --out, finished batches are kept beside it: the same command goes on where an interrupted one stopped.
+    """
+    if out is not None:
+        if require_suffix(out) == ".npy":
+            raise click.ClickException("several numbers a sample do not go into a .npy file: name a .npz file.")
+        opt.require_free(out, overwrite)
+    options = Options(tolerance, _divergence(divergence, probes), seed)
+    levels = None if count is None else Levels(count, low, high)
+    x = _floating(read_array(data, key), levels, seed)
+    where = opt.choose_device(device)
+    model = find_model(name)[0].to(where)
+    partial = None if out is None else out.with_name(f"{out.name}.partial.safetensors")
+    scores = evaluate(model, x, options, batch_size=batch_size, partial=partial, device=where, progress=not quiet)
+    summary = summarise(scores)
+    click.echo("\n".join(_table(summary, math.prod(x.shape[1:]), levels)))
+    if out is not None and partial is not None:
+        facts = {"tolerance": tolerance, "divergence": repr(options.divergence), "seed": seed, "model": name}
+        write_arrays(out, scores._asdict(), {"options": json.dumps(facts), "summary": summary.to_json()})
+        partial.unlink(missing_ok=True)
+        click.echo(f"every sample's numbers in {str(out)!r}")
+    if summary.arrived < summary.samples:
+        lost = summary.samples - summary.arrived
+        raise click.ClickException(f"{lost} of {summary.samples} samples did not arrive and are left out of the means.")
+
+
+def _divergence(name: str | None, probes: int | None) -> Divergence | None:
+    """The trace asked for, None for the library's default."""
+    if probes is not None and name != "hutchinson":
+        raise click.ClickException("--probes belongs to --divergence hutchinson.")
+    if name is None:
+        return None
+    return Exact() if name == "exact" else Hutchinson(probes=probes or 1)
+
+
+def _floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:
+    """`x`, (N, *event), as float32 or float64; integers are dequantised where the levels are known."""
+    if x.dim() == 0 or x.shape[0] == 0:
+        raise click.ClickException("the array holds no samples.")
+    x = x[:, None] if x.dim() == 1 else x
+    if x.is_floating_point():
+        return x if x.dtype == torch.float64 else x.float()
+    if levels is None:
+        raise click.ClickException(f"the array holds integers ({x.dtype}), which have no density: pass --levels.")
+    levels.check(x)
+    return levels.dequantise(x, torch.Generator().manual_seed(seed))
+
+
+def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
+    """The lines that `sdekit likelihood` prints, for samples of `size` dimensions."""
+    lines = [
+        f"samples    {summary.arrived} of {summary.samples} arrived ({summary.loose} above the tolerance), "
+        f"{summary.evaluations:.1f} network evaluations each",
+        f"log p      {summary.mean:.4f} nats   +- {summary.spread:.2g} over samples   +- {summary.trace:.2g} trace   "
+        f"<= {summary.solver:.2g} solver",
+    ]
+    if levels is None:
+        return [*lines, "bits/dim   depend on the width of a level: pass --levels, --low, --high"]
+    scale = 1.0 / (size * math.log(2.0))
+    offset = -math.log2((levels.high - levels.low) / levels.count)
+    return [
+        *lines,
+        f"bits/dim   {offset - summary.mean * scale:.4f}   +- {summary.spread * scale:.2g} over samples   "
+        f"+- {summary.trace * scale:.2g} trace   <= {summary.solver * scale:.2g} solver",
+        f"           {levels.count} levels on [{levels.low:g}, {levels.high:g}]: offset {offset:.4f}",
+    ]
+
+
+@main.command()
+@opt.model
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many.")
+@opt.shape
+@click.option("--out", type=opt.FILE, required=True, help="A .npy, .npz or .safetensors file.")
+@click.option("--picture", type=opt.FILE, help="Draw the samples (.png, .pdf, .svg).")
+@click.option("--steps", type=click.IntRange(1), help="[default: 32; 200 with --eta]")
+@click.option("--solver", type=click.Choice(list(_SOLVERS)), help="[default: adams; euler-maruyama with --eta]")
+@click.option("--eta", type=click.FloatRange(0.0), default=0.0, show_default=True, help="Noise; 0: none, 1: the SDE.")
+@opt.batch
+@opt.seed
+@opt.device
+@opt.overwrite
+@opt.quiet
+@opt.one_line_errors
+def sample(
+    name: str,
+    count: int,
+    shape: tuple[int, ...] | None,
+    out: Path,
+    picture: Path | None,
+    steps: int | None,
+    solver: str | None,
+    eta: float,
+    batch_size: int,
+    seed: int,
+    device: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Write samples of a model to --out. Sample i depends on the seed and on i alone."""
+    require_suffix(out)
+    opt.require_free(out, overwrite)
+    where = opt.choose_device(device)
+    model, event = find_model(name)
+    event = shape if shape is not None else event
+    if event is None:
+        raise click.ClickException(f"{name!r} does not say the shape of a sample: pass --shape, for example 3,32,32.")
+    model = model.to(where)
+    chosen = _SOLVERS[solver]() if solver is not None else None
+    parts = []
+    for rows in torch.split(torch.arange(count, device=where), batch_size):
+        solution = draw_samples(
+            *(model, (rows.shape[0], *event)),
+            solver=chosen,
+            steps=steps,
+            eta=eta,
+            seed=seed,
+            indices=rows,
+            device=where,
+            progress=not quiet,
+        )
+        parts.append(solution.x.cpu())
+    x = torch.cat(parts)
+    write_arrays(out, {"x": x})
+    click.echo(f"{count} samples of shape {event} in {str(out)!r}")
+    if picture is not None:
+        from .plot import samples_figure, save
+
+        save(samples_figure(x), picture)
+        click.echo(f"picture in {str(picture)!r}")
+
+
+@main.command()
+@click.argument("data")
+@opt.key
+@click.option("--out", type=opt.FILE, required=True, help="The trained model, a .safetensors file.")
+@click.option("--net", "kind", type=click.Choice(["mlp", "unet"]), default="mlp", show_default=True)
+@click.option("--width", type=click.IntRange(1), default=128, show_default=True, help="Of layers, or channels.")
+@click.option("--depth", type=click.IntRange(1), default=3, show_default=True, help="Layers, or resolutions.")
+@click.option("--dropout", type=click.FloatRange(0.0, 1.0, max_open=True), default=0.0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=8000, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Samples a step.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
+@opt.levels
+@opt.seed
+@opt.device
+@opt.overwrite
+@opt.quiet
+@opt.one_line_errors
+def train(
+    data: str,
+    key: str | None,
+    out: Path,
+    kind: Literal["mlp", "unet"],
+    width: int,
+    depth: int,
+    dropout: float,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    count: int | None,
+    low: float,
+    high: float,
+    seed: int,
+    device: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Train a small network on DATA (an array file, scaled to about unit size), or `digits` for the shipped recipe.
+
+    A checkpoint beside --out is kept: the same command goes on where an interrupted one stopped.
+    """
+    if out.suffix != ".safetensors":
+        raise click.ClickException(f"{str(out)!r}: a .safetensors file is needed.")
+    opt.require_free(out, overwrite)
+    checkpoint = out.with_name(f"{out.stem}.checkpoint.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    where, shown = opt.choose_device(device), not quiet
+    if data == "digits":
+        model, architecture = train_digits(steps, seed, checkpoint, shown)
+    else:
+        levels = None if count is None else Levels(count, low, high)
+        recipe = Recipe(steps=steps, learning_rate=learning_rate, seed=seed)
+        choice = NetworkChoice(kind, width, depth, dropout)
+        x = read_array(Path(data), key)
+        model, architecture = train_array(x, levels, choice, recipe, batch_size, checkpoint, where, progress=shown)
+    save_trained(out, model, architecture)
+    checkpoint.unlink(missing_ok=True)
+    click.echo(f"{sum(p.numel() for p in model.parameters())} parameters, {steps} steps; model in {str(out)!r}")
+
+
+@main.command()
+@click.option("--out", type=opt.FILE, default=Path("sdekit-demo.png"), show_default=True, help="The picture.")
+@opt.seed
+@opt.quiet
+@opt.one_line_errors
+def demo(out: Path, seed: int, quiet: bool) -> None:
+    """Evaluate the shipped digits network on held-out images: bits/dim, its uncertainties, its cost, a picture."""
+    from .demo import run
+
+    for line in run(out, seed=seed, progress=not quiet):
+        click.echo(line)

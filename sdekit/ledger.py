@@ -1,0 +1,175 @@
+"""The standard error of fresh probes, from one probe.
+
+A node's divergence enters log p with a total weight, the sum of its coefficients over the steps that used it. With v_j
+and w_j = A_j' v_j of node j, D dimensions,
+
+    Var[sum_j weight_j (v_j . w_j)] = sum_j weight_j^2 Var_j
+
+    Rademacher   Var_j = 2 (|w - a v|^2 - d_j . d_{j +- 1}),   d = v * (w - a v),   a = mean of (v . w)/D at j +- 1
+    Gaussian     Var_j = 2 |w|^2
+    sphere       Var_j = 2 D/(D+2) (|w|^2 - (v . w)_j (v . w)_{j +- 1} / D)
+
+j +- 1 stands for the mean over the neighbouring nodes, whose probes are independent: d_j . d_{j+1} is then unbiased
+for the squared diagonal, which a probe cannot tell by itself. a takes out the multiple of the identity, which has no
+variance but would ruin the estimate. For a nonsymmetric Jacobian |w|^2 measures more than the variance needs: conservative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergence import Law
+
+
+class Note(NamedTuple):
+    """What is kept of the fresh probes of one node, K averaged: enough for the variance of v . w.
+
+    Attributes:
+        size: (B,) |w|^2.
+        trace: (B,) (v . w) / D.
+        mark: (B, D) v * w elementwise (Rademacher), an unbiased estimate of the Jacobian's diagonal.
+    """
+
+    size: Tensor
+    trace: Tensor
+    mark: Tensor
+
+
+def note(probes: Tensor, products: Tensor) -> Note:
+    """The `Note` of the value probes (K, B, D) and their products (B, K, D)."""
+    marks = probes.transpose(0, 1) * products
+    return Note(
+        products.square().sum(2, dtype=torch.float64).mean(1),
+        marks.sum(2, dtype=torch.float64).mean(1) / products.shape[2],
+        marks.mean(1),
+    )
+
+
+def lone_variance(entry: Note, law: Law, dim: int, probes: int) -> Tensor:
+    """(B,) variance of the estimate of one node without neighbours, averaged over `probes` probes.
+
+    Its own trace stands for the neighbours', and nothing tells the squared diagonal: a bound but for Gaussian probes.
+    """
+    spread = 0.0 if law == "gaussian" else dim * entry.trace.square()
+    factor = 2.0 * dim / (dim + 2.0) if law == "sphere" else 2.0
+    return factor * (entry.size - spread).clamp(min=0.0) / probes
+
+
+class Ledger(NamedTuple):
+    """The variance of sum_j weight_j (v_j . w_j), settled node by node as weights become final.
+
+    Attributes (m open nodes, newest first):
+        weight: (B, m) quadrature weight so far.
+        size, trace: (B, m) of each open node's `Note`.
+        link: (B, m) mark_j . mark_{j-1} with the node before it; 0 for the first node.
+        mark: (B, D) of the newest node.
+        last: (B,) trace of the node settled last.
+        settled: (B,) how many nodes are settled.
+        variance: (B,) of what is settled.
+    """
+
+    weight: Tensor
+    size: Tensor
+    trace: Tensor
+    link: Tensor
+    mark: Tensor
+    last: Tensor
+    settled: Tensor
+    variance: Tensor
+
+
+def open_ledger(batch: int, size: int, depth: int, dtype: torch.dtype, device: torch.device) -> Ledger:
+    """An empty ledger for `batch` samples of `size` dimensions and `depth` open nodes."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+    return Ledger(
+        weight=zeros(batch, depth),
+        size=zeros(batch, depth),
+        trace=zeros(batch, depth),
+        link=zeros(batch, depth),
+        mark=torch.zeros(batch, size, dtype=dtype, device=device),
+        last=zeros(batch),
+        settled=torch.zeros(batch, dtype=torch.int64, device=device),
+        variance=zeros(batch),
+    )
+
+
+class _Neighbour(NamedTuple):
+    """The node before or after: present (0 or 1), its trace, its link with the node asked about; each (B,)."""
+
+    present: Tensor
+    trace: Tensor
+    link: Tensor
+
+
+def _node_variance(
+    law: Law, dim: int, probes: int, size: Tensor, trace: Tensor, before: _Neighbour, after: _Neighbour
+) -> Tensor:
+    """Variance of one node's estimate from its own probe's size and trace, and its neighbours."""
+    count = (before.present + after.present).clamp(min=1.0)
+    around = (before.present * before.trace + after.present * after.trace) / count
+    if law == "gaussian":
+        variance = 2.0 * size
+    elif law == "sphere":
+        variance = 2.0 * dim / (dim + 2.0) * (size - dim * trace * around)
+    else:
+        # Without the multiple a of the identity, which has no variance, estimated by the neighbours alone.
+        shift = dim * around * around
+        length = size - 2.0 * dim * around * trace + shift
+        diagonal = torch.zeros_like(size)
+        for near in (before, after):
+            diagonal = diagonal + near.present * (near.link - dim * around * (trace + near.trace) + shift)
+        variance = 2.0 * (length - diagonal / count)
+    return variance / probes
+
+
+def post(ledger: Ledger, entry: Note, weights: Tensor, count: Tensor, law: Law, probes: int) -> Ledger:
+    """The ledger after a step: weights booked, the new node entered, the oldest node settled if m are open.
+
+    Args:
+        ledger: Before the step, with `count` (B,) nodes entered so far.
+        entry: The new node's.
+        weights: (B, m + 1) what this step adds to the weight of the new node, then of the open ones, newest first.
+        count: (B,) int64.
+        law: Of the probes.
+        probes: How many a node's estimate averages.
+    """
+    depth, dim = ledger.weight.shape[1], ledger.mark.shape[1]
+    link = (entry.mark * ledger.mark).sum(1, dtype=torch.float64) * (count > 0)
+    weight = torch.cat((weights[:, :1], ledger.weight + weights[:, 1:]), 1)
+    size = torch.cat((entry.size[:, None], ledger.size), 1)
+    trace = torch.cat((entry.trace[:, None], ledger.trace), 1)
+    links = torch.cat((link[:, None], ledger.link), 1)
+    full = count >= depth
+    before = _Neighbour((ledger.settled > 0).double(), ledger.last, links[:, depth])
+    after = _Neighbour(torch.ones_like(link), trace[:, depth - 1], links[:, depth - 1])
+    variance = _node_variance(law, dim, probes, size[:, depth], trace[:, depth], before, after)
+    return Ledger(
+        weight[:, :depth],
+        size[:, :depth],
+        trace[:, :depth],
+        links[:, :depth],
+        entry.mark,
+        torch.where(full, trace[:, depth], ledger.last),
+        ledger.settled + full,
+        ledger.variance + torch.where(full, weight[:, depth].square() * variance, 0.0),
+    )
+
+
+def settle(ledger: Ledger, count: Tensor, law: Law, probes: int) -> Tensor:
+    """(B,) the whole variance, the open nodes included, clamped at 0; `count` (B,) nodes were entered."""
+    depth, dim = ledger.weight.shape[1], ledger.mark.shape[1]
+    total, nothing = ledger.variance, torch.zeros_like(ledger.variance)
+    for j in range(depth):
+        elder = ledger.trace[:, j + 1] if j + 1 < depth else ledger.last
+        before = _Neighbour((count > j + 1).double(), elder, ledger.link[:, j])
+        newer = _Neighbour(torch.ones_like(nothing), ledger.trace[:, j - 1], ledger.link[:, j - 1])
+        after = newer if j > 0 else _Neighbour(nothing, nothing, nothing)
+        variance = _node_variance(law, dim, probes, ledger.size[:, j], ledger.trace[:, j], before, after)
+        total = total + torch.where(count > j, ledger.weight[:, j].square() * variance, 0.0)
+    return total.clamp(min=0.0)
