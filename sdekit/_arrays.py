@@ -6,8 +6,10 @@ They are read without executing anything, and written so that a reader sees the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -44,33 +46,47 @@ def read_array(path: Path, key: str | None = None) -> Tensor:
     suffix = require_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
-    try:
+    if suffix == ".npy" and key is not None:
+        raise ValueError(f"key={key!r}, but {str(path)!r} holds one array without a name: leave the key out.")
+    with _readable(path, suffix):
         if suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as file:
-                found: Tensor = file.get_tensor(_choose(path, list(file.keys()), key))
-                return found
+                stored: Tensor = file.get_tensor(_choose(path, list(file.keys()), key))
+                return stored
         loaded = np.load(path, allow_pickle=False)
-        if suffix == ".npz":
-            with loaded:
-                return _tensor(path, loaded[_choose(path, list(loaded.files), key)])
-    except (SafetensorError, EOFError, OSError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as {suffix}: {error}.") from error
-    if key is not None:
-        raise ValueError(f"key={key!r}, but {str(path)!r} holds one array without a name: leave the key out.")
-    return _tensor(path, loaded)
+        if suffix == ".npy":
+            return _tensor(path, loaded)
+        with loaded:
+            return _tensor(path, loaded[_choose(path, list(loaded.files), key)])
+
+
+class _Unfit(ValueError):
+    """What a file that was read well holds is not what is needed."""
+
+
+@contextmanager
+def _readable(path: Path, suffix: str) -> Iterator[None]:
+    """Names the file in whatever its reader raises."""
+    try:
+        yield
+    except _Unfit:
+        raise
+    except (SafetensorError, EOFError, OSError, ValueError, BadZipFile) as error:
+        reason = "it is broken, or holds Python objects, which would have to be executed"
+        raise ValueError(f"{str(path)!r} cannot be read as {suffix}: {reason} ({type(error).__name__}).") from error
 
 
 def _choose(path: Path, names: list[str], key: str | None) -> str:
     if key is None and len(names) == 1:
         return names[0]
     if key is None or key not in names:
-        raise ValueError(f"{str(path)!r} holds {sorted(names)}; choose one of them by its key (now {key!r}).")
+        raise _Unfit(f"{str(path)!r} holds {sorted(names)}; choose one of them by its key (now {key!r}).")
     return key
 
 
 def _tensor(path: Path, array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise ValueError(f"{str(path)!r} holds {array.dtype}; real numbers of at most 64 bits are needed.")
+        raise _Unfit(f"{str(path)!r} holds {array.dtype}; real numbers of at most 64 bits are needed.")
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         array = array.astype(np.int64)  # torch's own wide unsigned types know few operations
     return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=True)))

@@ -54,6 +54,10 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             # Layers of torch draw their weights from the global generator: it is lent a state and put back.
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+            if self.kind == "digits":
+                from .zoo.digits import CellNet
+
+                return CellNet(None, self.width, self.depth, self.dropout)
             if self.kind == "mlp":
                 return MLP(self.event, self.width, self.depth, residual=True, dropout=self.dropout, period=self.period)
             if len(self.event) != 3:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import require_positive
+from ._checks import require_count, require_positive
 from .solver.base import Proposal, Solver
 from .terms import Term
 
@@ -144,19 +144,29 @@ class Nats(Controller):
         tolerance: Nats per sample, > 0.
         cap: Evaluations after which the demand is relaxed, by 4 every 32, so that every solve ends; the samples it
             happens to carry an honest estimate above the tolerance.
+        growth: A step is at most this times the one before it: what was resolved says little of twice the distance.
+        ceiling: Largest step, in s: coarse tolerances would miss structure without it.
+        doubt: Costs count 1 + min(1, doubt * tolerance) times: on coarse steps the estimate is low, by 2 on a learned
+            noise network at 0.1 nats.
     """
 
     tolerance: float = 1e-2
     cap: int = 512
+    growth: float = 1.5
+    ceiling: float = 1.0 / 20.0
+    doubt: float = 20.0
 
     _FLOOR = 1e-5  # smallest step, in s
-    _CEILING = 1.0 / 20.0  # largest: coarse tolerances would miss structure without it
     _STEPS = 40.0  # steps among which the tolerance is shared
     _RAMP = 0.01  # how much of the low-order estimate counts while a multistep method starts up ...
     _RAMP_SPENT = 0.1  # ... and how much of it is booked
 
     def __post_init__(self) -> None:
-        require_positive("tolerance", self.tolerance)
+        for name in ("tolerance", "ceiling"):
+            require_positive(name, getattr(self, name))
+        require_count("cap", self.cap)
+        if not (self.growth > 1 and self.doubt >= 0):
+            raise ValueError(f"growth={self.growth!r}, doubt={self.doubt!r}; growth > 1 and doubt >= 0 are needed.")
 
     def start(self, term: Term, s0: Tensor, s_end: Tensor) -> NatsState:
         first = min(1.0, (self.tolerance / 0.1) ** 0.25) / 80.0
@@ -172,7 +182,7 @@ class Nats(Controller):
     ) -> Verdict:
         length = step.s1 - step.s0
         calls = state.calls + solver.evaluations
-        cost = term.nats(proposal.error, proposal.aux)
+        cost = term.nats(proposal.error, proposal.aux) * (1.0 + min(1.0, self.doubt * self.tolerance))
         allowed = torch.maximum(self.tolerance - state.spent, torch.full_like(cost, 0.1 * self.tolerance))
         share = (length / (s_end - step.s0)).clamp(max=1.0)
         ratio = cost / (allowed * (share / self._STEPS).sqrt())
@@ -183,8 +193,8 @@ class Nats(Controller):
         accept = finite & ((ratio <= 2.0) | at_floor)
         power = -1.0 / ((solver.error_order or solver.order) + 0.5)
         factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)
-        factor = torch.where(accept, factor.clamp(0.3, 2.0), factor.clamp(0.1, 0.7))
-        following = (length * factor).clamp(self._FLOOR, self._CEILING)
+        factor = torch.where(accept, factor.clamp(0.3, self.growth), factor.clamp(0.1, 0.7))
+        following = (length * factor).clamp(self._FLOOR, self.ceiling)
         booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT)
         spent = torch.where(accept, state.spent + booked, state.spent)
         return Verdict(accept, NatsState(following, spent, calls), ~finite & at_floor)

@@ -11,7 +11,7 @@ and w_j = A_j' v_j of node j, D dimensions,
 
 j +- 1 stands for the mean over the neighbouring nodes, whose probes are independent: d_j . d_{j+1} is then unbiased
 for the squared diagonal, which a probe cannot tell by itself. a takes out the multiple of the identity, which has no
-variance but would ruin the estimate. For a nonsymmetric Jacobian |w|^2 measures more than the variance needs: conservative.
+variance but would ruin the estimate. For a nonsymmetric Jacobian |w|^2 is more than the variance needs: conservative.
 """
 
 from __future__ import annotations

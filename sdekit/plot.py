@@ -91,7 +91,8 @@ def draw_histogram(axes: Axes, values: Tensor, label: str, lines: Sequence[tuple
     for (place, name), colour in zip(lines, (_INK, _MARK, "#5b8c5a", "#777777"), strict=False):
         axes.axvline(place, color=colour, linewidth=1.5, label=f"{name} {place:.3f}")
     if lines:
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend above the bars
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.set_xlabel(label)
     axes.set_ylabel("samples")
 

@@ -1,7 +1,7 @@
 """Units: the affine map between a user's data and the model's, and bits per dimension.
 
 A density changes with the units of its argument by the Jacobian of the map: log p_user(x) = log p_model(a x + b) +
-log |a| per dimension. Bits per dimension compare a density with a code for quantised data, so they need the width of a bin.
+log |a| per dimension. Bits per dimension compare a density with a code for quantised data: they need a bin's width.
 """
 
 from __future__ import annotations
