@@ -29,10 +29,14 @@ RESULTS = HERE / "results"
 Cell = str | float | int
 
 
-def arguments(description: str | None, add: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+def arguments(
+    description: str | None, add: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
     """The arguments every benchmark takes, parsed; torch is set to the number of threads asked for."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small version, to see that it runs; no goal is judged by it")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small version, to see that it runs; no goal is judged by it"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the problems: another seed draws fresh ones")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     if add is not None:
@@ -62,7 +66,9 @@ def _processor() -> str:
 
 def environment(chosen: argparse.Namespace) -> dict[str, Cell]:
     """What a run's numbers depend on besides the code: machine, versions, commit, arguments."""
-    changed = any(not line.startswith("??") for line in _git("status", "--porcelain", "--", str(HERE.parent)).splitlines())
+    changed = any(
+        not line.startswith("??") for line in _git("status", "--porcelain", "--", str(HERE.parent)).splitlines()
+    )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
@@ -100,7 +106,10 @@ class Table:
         """The table in markdown, columns aligned."""
         cells = [list(self.columns), *[[show(value) for value in row] for row in self.rows]]
         widths = [max(len(row[j]) for row in cells) for j in range(len(self.columns))]
-        lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells]
+        lines = [
+            "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+            for row in cells
+        ]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])])
 
@@ -148,24 +157,36 @@ class Report:
             parts.append(goals.markdown())
         return "\n\n".join([*parts, *[table.markdown() for table in self.tables]]) + "\n"
 
-    def save(self) -> None:
-        """Prints the report and writes it as JSON and markdown; a quick run goes where it replaces no full one."""
-        folder = RESULTS / "quick" if self.chosen.quick else RESULTS
+    def save(self, final: bool = True) -> None:
+        """Writes the report as JSON and markdown, and prints it; a quick run goes where it replaces no full one.
+
+        Args:
+            final: False: what there is so far, written to the cache only, so that an interrupted run is not lost.
+        """
+        folder = CACHE / "unfinished" if not final else RESULTS / "quick" if self.chosen.quick else RESULTS
         folder.mkdir(parents=True, exist_ok=True)
         text = self.markdown()
         record = {
             "benchmark": self.name,
             "environment": environment(self.chosen),
             "seconds": round(time.monotonic() - self.began, 1),
-            "goals": [{"name": g.name, "value": _plain(g.value), "wanted": g.row()[2], "met": g.met} for g in self.goals],
+            "goals": [
+                {"name": g.name, "value": _plain(g.value), "wanted": g.row()[2], "met": g.met} for g in self.goals
+            ],
             "tables": [
-                {"title": t.title, "columns": list(t.columns), "rows": [[_plain(c) for c in r] for r in t.rows], "note": t.note}
+                {
+                    "title": t.title,
+                    "columns": list(t.columns),
+                    "rows": [[_plain(c) for c in r] for r in t.rows],
+                    "note": t.note,
+                }
                 for t in self.tables
             ],
         }
         (folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         (folder / f"{self.name}.md").write_text(text)
-        print("\n" + text)
+        if final:
+            print("\n" + text)
 
 
 def _plain(value: Cell) -> Cell | None:

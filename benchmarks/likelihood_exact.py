@@ -60,7 +60,7 @@ def group_of(problem: ExactProblem) -> str:
     return f"{sde} {'ring' if law == 'ring' else law.split(' ')[0]}"
 
 
-COLUMNS = ["problem", "points", "tolerance", "n", "within", "worst / tol", "median / tol", "evaluations"]
+COLUMNS = ["problem", "points", "tolerance", "n", "within", "worst / tol", "median / tol", "evaluations", "loose"]
 
 
 def add_rows(table: Table, groups: dict[tuple[str, float], list[Outcome]]) -> None:
@@ -72,9 +72,11 @@ def add_rows(table: Table, groups: dict[tuple[str, float], list[Outcome]]) -> No
             if not error.numel():
                 continue
             table.rows.append(
-                [name, label, tolerance, error.numel(), share_within(error, tolerance)]
-                + [quantile(error, 1.0) / tolerance, quantile(error, 0.5) / tolerance]
-                + [float(outcome.evaluations[rows].mean())]
+                [
+                    *(name, label, tolerance, error.numel(), share_within(error, tolerance)),
+                    *(quantile(error, 1.0) / tolerance, quantile(error, 0.5) / tolerance),
+                    *(float(outcome.evaluations[rows].mean()), int((outcome.estimate[rows] > tolerance).sum())),
+                ]
             )
 
 
@@ -98,6 +100,7 @@ def against_closed_form(report: Report, problems: list[ExactProblem], title: str
             groups.setdefault((group_of(problem), tolerance), []).append(solve(problem, tolerance, truth))
     add_rows(report.table(title, COLUMNS), groups)
     add_goals(report, title, groups)
+    report.save(final=False)
 
 
 def against_reference(report: Report, problems: list[ExactProblem], title: str) -> None:
@@ -113,7 +116,9 @@ def against_reference(report: Report, problems: list[ExactProblem], title: str) 
         for tolerance in TOLERANCES:
             groups.setdefault((group_of(problem), tolerance), []).append(solve(problem, tolerance, truth))
         matched, prior = (truth - exact).abs(), (known.log_prob - exact).abs()
-        laws.append([problem.name, float(matched.mean()), float(matched.max()), float(prior.mean()), float(prior.max())])
+        laws.append(
+            [problem.name, float(matched.mean()), float(matched.max()), float(prior.mean()), float(prior.max())]
+        )
     note = f"The reference's own error is {own:.1e} nats at most."
     add_rows(report.table(title, COLUMNS, note), groups)
     columns = ["problem", "matched law: mean", "max", "prior: mean", "max"]
@@ -123,7 +128,10 @@ def against_reference(report: Report, problems: list[ExactProblem], title: str) 
 
 def extrapolated(report: Report, problems: list[ExactProblem]) -> None:
     """`end="extrapolate"` at tolerance 1e-3 against log p_0."""
-    table = report.table('end="extrapolate", tolerance 1e-3, against log p_0', ["problem", "points", "n", "mean", "max", "marginal: mean"])
+    table = report.table(
+        'end="extrapolate", tolerance 1e-3, against log p_0',
+        ["problem", "points", "n", "mean", "max", "marginal: mean"],
+    )
     every: list[Tensor] = []
     for problem in tqdm(problems, desc="extrapolate"):
         truth = problem.target.log_prob(problem.x)
@@ -133,8 +141,12 @@ def extrapolated(report: Report, problems: list[ExactProblem]) -> None:
         every.append(outcome.error[~problem.near])
         for label, rows in (("samples", ~problem.near), ("near separatrix", problem.near)):
             error = outcome.error[rows].abs()
-            table.rows.append([problem.name, label, error.numel(), float(error.mean()), float(error.max()), float(bias[rows].mean())])
-    report.goals.append(Goal("extrapolate: mean error against log p_0, samples", float(torch.cat(every).abs().mean()), high=1e-3))
+            table.rows.append(
+                [problem.name, label, error.numel(), float(error.mean()), float(error.max()), float(bias[rows].mean())]
+            )
+    report.goals.append(
+        Goal("extrapolate: mean error against log p_0, samples", float(torch.cat(every).abs().mean()), high=1e-3)
+    )
     worst = max(float(row[3]) for row in table.rows if row[1] == "samples")
     report.goals.append(Goal("extrapolate: largest mean error of a problem, samples", worst, high=1e-3))
 

@@ -21,6 +21,7 @@ from sdekit.loss import EDMWeight, LogNormalSigma
 from sdekit.model.nets import MLP
 from sdekit.targets import Gaussian, GaussianMixture
 from sdekit.training import Batch, Recipe, train
+from sdekit.zoo import digits as zoo
 
 from .common import CACHE, digest
 
@@ -54,7 +55,9 @@ def ring() -> Mixture:
     angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
     means = RING_RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
     variances = torch.linspace(0.1, 0.2, 8, dtype=torch.float64).square()
-    return Mixture(torch.full((8,), 1 / 8, dtype=torch.float64), means, variances[:, None, None] * torch.eye(2).double())
+    return Mixture(
+        torch.full((8,), 1 / 8, dtype=torch.float64), means, variances[:, None, None] * torch.eye(2).double()
+    )
 
 
 def random_mixture(dim: int, kind: str, generator: torch.Generator) -> Mixture:
@@ -87,7 +90,9 @@ def near_separatrix(mixture: Mixture, count: int, generator: torch.Generator) ->
     def lead(share: Tensor) -> Tensor:
         """By how much, in nats, the first component is likelier at the point `share` of the way to the second."""
         x = a + share[:, None] * (b - a)
-        laws = [torch.distributions.MultivariateNormal(mixture.means[k], mixture.covariances[k]) for k in (first, second)]
+        laws = [
+            torch.distributions.MultivariateNormal(mixture.means[k], mixture.covariances[k]) for k in (first, second)
+        ]
         return laws[0].log_prob(x) + mixture.weights[first].log() - laws[1].log_prob(x) - mixture.weights[second].log()
 
     low, high = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
@@ -128,9 +133,11 @@ def exact_problem(name: str, mixture: Mixture, sde: sdekit.SDE, samples: int, ne
 SDES: dict[str, sdekit.SDE] = {"VP": sdekit.VPSDE(), "VE": sdekit.VESDE()}
 
 
-def exact_problems(seed: int, quick: bool, scale: float = 1.0, names: tuple[str, ...] = ("VP", "VE")) -> list[ExactProblem]:
+def exact_problems(
+    seed: int, quick: bool, scale: float = 1.0, names: tuple[str, ...] = ("VP", "VE")
+) -> list[ExactProblem]:
     """The problems with exact scores: the ring, and mixtures in 2, 16 and 64 dimensions, data times `scale`."""
-    sizes = {2: (3, 256, 64), 16: (2, 256, 64), 64: (1, 96, 32)}  # dimensions: draws a kind, samples, near points
+    sizes = {2: (3, 192, 48), 16: (2, 96, 24), 64: (1, 32, 8)}  # dimensions: draws a kind, samples, near points
     if quick:
         sizes = {2: (1, 64, 16), 16: (1, 32, 8)}
     laws = [("ring", ring(), *sizes[2][1:])]
@@ -210,14 +217,15 @@ class Digits(NamedTuple):
     x: Tensor
 
 
-def digits(count: int, seed: int, dtype: torch.dtype = torch.float64) -> Digits | None:
-    """The shipped digits network with `count` held-out images; None where this version does not ship it."""
-    try:
-        from sdekit.zoo import digits as zoo
-    except ImportError:
-        return None
-    model = zoo.load()
-    x = zoo.test_data(seed=seed)[:count] if hasattr(zoo, "test_data") else None
-    if x is None:
-        return None
-    return Digits(model.to(dtype).eval(), x.to(dtype))
+def digits(count: int, seed: int, dtype: torch.dtype = torch.float64) -> Digits:
+    """The shipped digits network with `count` held-out images.
+
+    Args:
+        count: Images, at most 360.
+        seed: Of the choice of images and of the dequantisation.
+        dtype: Of network and images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = zoo.load_split().test
+    chosen = held_out[torch.randperm(held_out.shape[0], generator=generator)[:count]]
+    return Digits(zoo.load().to(dtype).eval(), zoo.dequantise(chosen, generator).to(dtype))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version as installed_version
+
+from sphinx.application import Sphinx
 
 project = "sdekit"
 author = "the sdekit authors"
@@ -28,3 +31,34 @@ napoleon_custom_sections = ["Source"]
 
 html_theme = "furo"
 html_title = f"sdekit {release}"
+napoleon_use_ivar = True
+
+# Docstrings here are plain text with `names` and formulas, read in the source more than in a browser: what
+# reStructuredText would take for markup is escaped, names are set as code, and indented formulas keep their columns.
+_SPANS = re.compile(r"(`[^`]+`)")
+_MARKUP = re.compile(r"[*|\\]|(?<=\w)_(?!\w)")
+
+
+def _plain(line: str) -> str:
+    parts = _SPANS.split(line)
+    return "".join(f"`{part}`" if part.startswith("`") else _MARKUP.sub(r"\\\g<0>", part) for part in parts)
+
+
+def _as_plain_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Rewrites a docstring in place, before napoleon reads its sections."""
+    out: list[str] = []
+    formula = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if what == "module" and indented and not formula and out and not out[-1]:
+            out += ["::", ""]
+            formula = True
+        elif line and not indented:
+            formula = False
+        out.append(line if formula else _plain(line))
+    lines[:] = out
+
+
+def setup(app: Sphinx) -> None:
+    """Hooks the rewriting in before napoleon, whose priority is 500."""
+    app.connect("autodoc-process-docstring", _as_plain_text, priority=100)

@@ -18,7 +18,7 @@ from .errors import (
     ToleranceWarning,
 )
 from .integrate import integrate
-from .likelihood import LogLikelihood, log_likelihood
+from .likelihood import log_likelihood
 from .likelihood_flow import LikelihoodFlow
 from .model import (
     LogSigmaLabel,
@@ -36,7 +36,7 @@ from .model import (
 )
 from .sampling import decode, encode, sample
 from .sde import SDE, VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
-from .solution import Solution, Stats, Status
+from .solution import LogLikelihood, Solution, Stats, Status
 from .solver import (
     RK4,
     Adams,

@@ -17,11 +17,11 @@ import click
 import torch
 from torch import Tensor
 
-from . import _options as opt
-from ._arrays import read_array, require_suffix, write_arrays
-from ._evaluation import Options, Summary, evaluate, summarise
-from ._models import find_model, save_trained
-from ._recipes import Levels, NetworkChoice, train_array, train_digits
+from .commands import options as opt
+from .commands.arrays import read_array, require_suffix, write_arrays
+from .commands.evaluation import Options, Summary, evaluate, only_the_summary_warns, require_finished, summarise
+from .commands.models import find_model, save_trained
+from .commands.recipes import Levels, NetworkChoice, train_array, train_digits
 from .divergence import Divergence, Exact, Hutchinson
 from .sampling import sample as draw_samples
 from .solver.base import Solver
@@ -190,16 +190,18 @@ def sample(
     chosen = _SOLVERS[solver]() if solver is not None else None
     parts = []
     for rows in torch.split(torch.arange(count, device=where), batch_size):
-        solution = draw_samples(
-            *(model, (rows.shape[0], *event)),
-            solver=chosen,
-            steps=steps,
-            eta=eta,
-            seed=seed,
-            indices=rows,
-            device=where,
-            progress=not quiet,
-        )
+        with only_the_summary_warns():
+            solution = draw_samples(
+                *(model, (rows.shape[0], *event)),
+                solver=chosen,
+                steps=steps,
+                eta=eta,
+                seed=seed,
+                indices=rows,
+                device=where,
+                progress=not quiet,
+            )
+        require_finished(solution.status)
         parts.append(solution.x.cpu())
     x = torch.cat(parts)
     write_arrays(out, {"x": x})

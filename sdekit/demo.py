@@ -25,6 +25,7 @@ import torchdiffeq
 from torch import Tensor
 from tqdm import tqdm
 
+from .commands.evaluation import only_the_summary_warns, require_finished
 from .divergence import Divergence, Exact, Hutchinson
 from .likelihood import log_likelihood
 from .model.score_model import ScoreModel
@@ -94,7 +95,8 @@ def run(picture: Path, *, seed: int = 0, progress: bool = True) -> list[str]:
     began = time.perf_counter()
     split, model = digits.load_split(), digits.load()
     count = split.test.shape[0]
-    with tqdm(total=DRAWS * count + 3 * SUBSET, disable=not progress, unit="image") as bar:
+    bar = tqdm(total=DRAWS * count + 3 * SUBSET, disable=not progress, unit="image")
+    with bar, only_the_summary_warns():
         draws = [one_probe(model, split.test, seed + number, bar) for number in range(DRAWS)]
         few = dequantised(split.test, seed)[:SUBSET]
         bar.set_description("exact trace")
@@ -104,13 +106,14 @@ def run(picture: Path, *, seed: int = 0, progress: bool = True) -> list[str]:
         peer = with_torchdiffeq(model, few)
         bar.update(SUBSET)
         bar.set_description("samples")
-        samples = sample(model, (64, *digits.SHAPE), steps=24, seed=seed, device="cpu").x
+        drawn = sample(model, (64, *digits.SHAPE), steps=24, seed=seed, device="cpu")
+        require_finished(drawn.status)
         bar.update(SUBSET)
     baselines = digits.baselines(split)
     first = draws[0]
     marks = [(float(first.row.bits.mean()), "this network"), (baselines.mixture, "mixture of categoricals")]
     title = f"{count} held-out 8x8 digits, one fresh probe, tolerance {TOLERANCE:g} nats"
-    save(demo_figure(samples, first.row.bits, first.std_error * _PER_NAT, marks, title), picture)
+    save(demo_figure(drawn.x, first.row.bits, first.std_error * _PER_NAT, marks, title), picture)
     size = sum(p.numel() for p in model.parameters())
     return [
         f"{count} held-out digits (scikit-learn, 8x8, 17 grey levels), {size} parameters, "
@@ -155,6 +158,7 @@ def with_sdekit(
     """Images `x` (n, 1, 8, 8) by the default solver: the row, and the standard and solver errors (n,) in nats."""
     began = time.perf_counter()
     out = log_likelihood(model, x, divergence=divergence, tolerance=TOLERANCE, seed=seed, indices=indices, throw=False)
+    require_finished(out.status)
     seconds = time.perf_counter() - began
     bits = out.bits_per_dim(digits.LEVELS)
     return Row(name, bits, out.stats.evaluations, out.stats.calls, seconds), out.std_error, out.solver_error

@@ -175,6 +175,8 @@ class Hutchinson(Divergence):
         law, still = _DRAWS[self.law], torch.zeros_like(node)
         value = law(keys[:, 0], node if self.fresh else still, self.probes * size, dtype)
         drawn = value.reshape(-1, self.probes, size).transpose(0, 1)
+        if self.law == "sphere" and self.probes > 1:  # drawn as one vector: each probe has a sphere of its own
+            drawn = drawn * (size**0.5 / drawn.norm(dim=2, keepdim=True))
         if not self.control:
             return drawn
         control = law(keys[:, 1], still, size, dtype)

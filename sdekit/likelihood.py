@@ -40,54 +40,14 @@ from .integrate import Outcome, Problem, begin, check_limits, check_method, driv
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
-from .solution import Stats, Status
+from .solution import LogLikelihood, Stats, Status
 from .solver.adams import Adams
 from .solver.base import Solver
 from .targets import Gaussian
-from .units import Affine, bits_per_dim
+from .units import Affine
 
 _EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_STEPS = 3  # Adams steps on a fixed grid: more nodes in the formula amplify what the grid misses
-
-
-class LogLikelihood(NamedTuple):
-    """Log densities of a batch, with what is known of their errors. All (B,) unless said otherwise.
-
-    Attributes:
-        log_prob: float64 nats, density in the units of x; NaN where `status` did not arrive.
-        std_error: float64 nats, standard error from the trace's probes; 0 for exact traces.
-        solver_error: float64 nats, estimate of the integration's error (conservative; with fixed grids an indicator;
-            NaN for controllers in the state's norm).
-        log_prior: float64 nats, log density of `latent` under the terminal law.
-        log_det: float64 nats, log determinant; log_prob = log_prior + log_det.
-        latent: (B, *event) x at t_max (where a sample did not arrive: where it got to).
-        status: int64 of `Status`.
-        stats: Cost.
-        t: float64 time reached.
-    """
-
-    log_prob: Tensor
-    std_error: Tensor
-    solver_error: Tensor
-    log_prior: Tensor
-    log_det: Tensor
-    latent: Tensor
-    status: Tensor
-    stats: Stats
-    t: Tensor
-
-    def bits_per_dim(self, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
-        """(B,) float64 bits per dimension of data quantised to `levels` equal bins of [low, high], dequantised.
-
-        -log2 p(x) / D - log2((high - low) / levels): the offset is that of a bin's width in the units of x. For
-        8-bit images in [-1, 1] it is +7, in [0, 1] +8. Of dequantised x only: of integers it means nothing.
-
-        Args:
-            levels: Number of bins, >= 2.
-            low: Lower edge of the first bin.
-            high: Upper edge of the last bin.
-        """
-        return bits_per_dim(self.log_prob, self.latent.shape[1:].numel(), levels, low, high)
 
 
 class _Method(NamedTuple):

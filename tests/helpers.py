@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import sdekit
 from sdekit import targets
+from sdekit.terms import Aux, Evaluation
 
 SDES: dict[str, sdekit.SDE] = {
     "vp": sdekit.VPSDE(),
@@ -102,9 +104,7 @@ class Watch(nn.Module):
         return self.act(self.calls, x, label, lambda: self.net(x, label, **condition))
 
 
-def watched(
-    model: sdekit.ScoreModel, act: Callable[..., Tensor] | None = None
-) -> tuple[sdekit.ScoreModel, Watch]:
+def watched(model: sdekit.ScoreModel, act: Callable[..., Tensor] | None = None) -> tuple[sdekit.ScoreModel, Watch]:
     """`model` with its network under watch, and the watch."""
     watch = Watch(model.net, act)
     return sdekit.ScoreModel(watch, model.sde, model.parameterization, model.data_std, model.bound), watch
@@ -159,11 +159,11 @@ def reference_flow(target: targets._Target, sde: sdekit.SDE, x: Tensor, t0: floa
 
 def observed_order(errors: list[float]) -> list[float]:
     """log2 of the ratio of successive errors, the step halved each time."""
-    return [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
 
 
 def uneven_times(first: float, last: float, n: int) -> Tensor:
-    """(n + 1,) times from `first` to `last`, smoothly graded and then jittered with period 3: halving n halves steps."""
+    """(n + 1,) times from `first` to `last`, graded, and jittered with period 3: doubling n halves steps."""
     u = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
     jitter = torch.tensor([0.0, 0.22, -0.18], dtype=torch.float64).repeat(n // 3 + 1)[: n + 1] / n
     jitter[0] = jitter[-1] = 0.0
@@ -172,3 +172,57 @@ def uneven_times(first: float, last: float, n: int) -> Tensor:
     grid = first + (last - first) * graded
     grid[0], grid[-1] = first, last
     return grid
+
+
+LAWS = ["rademacher", "gaussian", "sphere"]
+
+
+def true_variance(law: str, a: Tensor) -> float:
+    """The variance of a probe's estimate of the trace of `a` (D, D): math.md 5.3."""
+    symmetric, dim = 0.5 * (a + a.T), a.shape[0]
+    size = float(symmetric.square().sum())
+    if law == "rademacher":
+        return 2.0 * (size - float(a.diagonal().square().sum()))
+    if law == "gaussian":
+        return 2.0 * size
+    return 2.0 * dim / (dim + 2.0) * (size - float(a.trace()) ** 2 / dim)
+
+
+def drawn(
+    divergence: sdekit.Hutchinson,
+    count: int,
+    size: int,
+    seed: int = 0,
+    node: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """(P, B, D) probes of the samples 0..count-1 at one node."""
+    keys = divergence.keys(seed, torch.arange(count))
+    return divergence.draw(keys, torch.full((count,), node, dtype=torch.int64), size, dtype)
+
+
+class Given(sdekit.Term):
+    """dz/ds = slope(s) (or slope(s, z)), with nothing of a model: what a solver sees, and how often it asks."""
+
+    def __init__(self, slope: Callable[..., Tensor]) -> None:
+        self.slope = slope
+        self.asked: list[Tensor] = []
+
+    def coordinate(self, t: Tensor) -> Tensor:
+        return t
+
+    def time(self, s: Tensor) -> Tensor:
+        return s
+
+    def enter(self, x: Tensor, s: Tensor) -> Tensor:
+        return x
+
+    def leave(self, z: Tensor, s: Tensor) -> Tensor:
+        return z
+
+    def evaluate(self, s: Tensor, z: Tensor, node: Tensor) -> Evaluation:
+        self.asked.append(s)
+        return Evaluation(self.slope(s, z), Aux(None, None))
+
+    def take(self, rows: Tensor) -> Given:
+        return self

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import sdekit
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -51,3 +53,9 @@ def test_links_between_pages_lead_somewhere():
             if not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)} -> {target}")
     assert not broken
+
+
+def test_every_public_name_is_in_the_api_pages():
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
+    listed = set(re.findall(r"sdekit\.(\w+)$", text, re.MULTILINE))
+    assert set(sdekit.__all__) - {"__version__"} - listed == set()

@@ -19,6 +19,7 @@ ORDER = [
     "_tensor",
     "_checks",
     "_random",
+    "units",
     "sde.base",
     "sde.vp",
     "sde.ve",
@@ -44,14 +45,20 @@ ORDER = [
     "controller",
     "solution",
     "integrate",
+    "ends",
     "loss",
     "training",
-    "units",
-    "ends",
     "likelihood",
     "sampling",
     "interop.scipy",
+    "zoo._baselines",
+    "zoo._cells",
     "zoo.digits",
+    "commands.arrays",
+    "commands.evaluation",
+    "commands.models",
+    "commands.recipes",
+    "commands.options",
     "plot",
     "demo",
     "cli",
@@ -119,6 +126,14 @@ def calls(name: str) -> Iterator[tuple[ast.Call, str]]:
             yield node, dotted(node.func)
 
 
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many lines the docstring of a function takes: explaining more is no reason to split."""
+    if ast.get_docstring(node) is None:
+        return 0
+    text = node.body[0]
+    return (text.end_lineno or text.lineno) - text.lineno + 1
+
+
 def test_every_module_has_its_place_in_the_order():
     assert sorted(set(MODULES) - set(ORDER)) == [], "put new modules into ORDER, below all that they import"
     assert sorted(set(ORDER) - set(MODULES)) == [], "ORDER names modules that are not there"
@@ -165,9 +180,9 @@ def test_functions_and_modules_are_short(name):
     wrong = []
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            length = (node.end_lineno or node.lineno) - node.lineno + 1 - docstring_lines(node)
             if length > FUNCTION_LINES and f"{name}.{node.name}" not in LONG_FUNCTIONS:
-                wrong.append(f"{name}.{node.name} has {length} lines; {FUNCTION_LINES} at most")
+                wrong.append(f"{name}.{node.name} has {length} lines besides its docstring; {FUNCTION_LINES} at most")
     lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
     if lines > MODULE_LINES and name not in LONG_MODULES:
         wrong.append(f"{name} has {lines} lines; {MODULE_LINES} at most")

@@ -7,8 +7,8 @@ An image of levels k = 0..16 is dequantised to x = 2 (k + u)/17 - 1, u ~ U[0, 1)
     l_k + a_1 c_k + a_2 c_k^2 + a_3 c_k^3 + a_4 [k = 0] + a_5 [k = 1] + a_6 [k = 16],    c_k the cell's centre,
 
 by six coefficients a(x_t, t) a pixel, and its noise prediction is the exact posterior mean for these probabilities
-(`_cells.py`). Before training it is the histogram's exact model. Training shifts a third to a half of the images by a
-pixel and tells the network so; at test time the shift is zero.
+(`_cells.py`). Before training it is the histogram's exact model. Training shifts 4 in 9 images by a pixel
+and tells the network so; at test time the shift is zero.
 
 `python -m sdekit.zoo.digits` trains it again and prints what it reaches.
 """
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .._checks import require_count, require_seed
 from ..likelihood import log_likelihood
+from ..loss import LogNormalSigma
 from ..model.nets import LabelFeatures
 from ..model.score_model import ScoreModel
 from ..sde.vp import VPSDE
@@ -39,6 +40,9 @@ SHAPE = (1, 8, 8)
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 _SIZE = 64
 _STEPS, _BATCH, _SHIFTED = 8000, 128, 0.5
+# Half_log_snr normal about 1.9. Below -1.5 the histogram is exact already, above 5 a pixel's cell is plain to see: at
+# uniform half_log_snr half of the steps teach nothing, and cost 0.03 bits/dim (measured on held-out training images).
+_TIMES = LogNormalSigma(mean=-1.9, std=1.7)
 
 
 class Split(NamedTuple):
@@ -231,7 +235,7 @@ def train(
         progress: Show a progress bar.
     """
     data = load_split().train if levels is None else levels
-    recipe = Recipe(steps=steps, learning_rate=2e-3, warmup=200, ema=0.999, clip=1.0, seed=seed)
+    recipe = Recipe(steps=steps, learning_rate=2e-3, warmup=200, ema=0.999, clip=1.0, times=_TIMES, seed=seed)
     model = build(histogram(data), seed=seed, width=width)
     return run(model, _batches(data), recipe, checkpoint=checkpoint, progress=progress).model
 

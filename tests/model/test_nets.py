@@ -9,7 +9,6 @@ import torch
 
 from sdekit.model.nets import MLP, LabelFeatures, UNet
 
-
 # torch's own forward mode scripts a few decompositions on first use, which its newer versions deprecate.
 forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 

@@ -109,7 +109,9 @@ def test_time_at_inverts_half_log_snr(sde):
 
 positive = st.floats(0.02, 3.0)
 RANGE = {
-    "vp": st.builds(lambda low, gap, end: sdekit.VPSDE(low, low + gap, t_max=end), positive, st.floats(0.1, 40.0), positive),
+    "vp": st.builds(
+        lambda low, gap, end: sdekit.VPSDE(low, low + gap, t_max=end), positive, st.floats(0.1, 40.0), positive
+    ),
     "sub-vp": st.builds(lambda low, gap: sdekit.SubVPSDE(low, low + gap), positive, st.floats(0.1, 40.0)),
     "cosine": st.builds(lambda s: sdekit.CosineVPSDE(s), st.floats(0.0, 0.2)),
     "ve": st.builds(lambda low, ratio: sdekit.VESDE(low, low * ratio), positive, st.floats(2.0, 1e5)),
@@ -254,7 +256,9 @@ def test_between_its_levels_a_table_is_linear_in_log_alpha():
     table, steps = TABLES["stds"], 60
     t = torch.arange(1, steps, dtype=torch.float64) / steps
     middle = table.log_alpha(t + 0.5 / steps)
-    torch.testing.assert_close(middle, 0.5 * (table.log_alpha(t) + table.log_alpha(t + 1.0 / steps)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        middle, 0.5 * (table.log_alpha(t) + table.log_alpha(t + 1.0 / steps)), rtol=1e-12, atol=0
+    )
 
 
 @every_sde

@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ._evaluation import Interrupted
-from ._models import Architecture
-from .model.parameterization import edm
-from .model.score_model import ScoreModel
-from .sde.vp import VPSDE
-from .training import Batch, Batches, Recipe, train
+from ..model.parameterization import edm
+from ..model.score_model import ScoreModel
+from ..sde.vp import VPSDE
+from ..training import Batch, Batches, Recipe, train
+from .evaluation import Interrupted
+from .models import Architecture
 
 _PERIOD = 4.0  # of the time features: EDM's label log(sigma/alpha)/4 spans 2.8 on the linear VP process
 
@@ -119,7 +119,7 @@ def train_digits(steps: int, seed: int, checkpoint: Path, progress: bool) -> tup
     Raises:
         Interrupted: Ctrl-C was pressed; the checkpoint has what there is.
     """
-    from .zoo import digits  # needs scikit-learn
+    from ..zoo import digits  # needs scikit-learn
 
     model = digits.train(steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
     _require_end(checkpoint, steps)

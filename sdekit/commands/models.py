@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ._arrays import replace_file
-from .model.nets import MLP, UNet
-from .model.score_model import ScoreModel
+from ..model.nets import MLP, UNet
+from ..model.score_model import ScoreModel
+from .arrays import replace_file
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Architecture:
             # Layers of torch draw their weights from the global generator: it is lent a state and put back.
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
             if self.kind == "digits":
-                from .zoo.digits import CellNet
+                from ..zoo.digits import CellNet
 
                 return CellNet(None, self.width, self.depth, self.dropout)
             if self.kind == "mlp":
@@ -114,7 +114,7 @@ def find_model(name: str) -> tuple[ScoreModel, tuple[int, ...] | None]:
         FileNotFoundError: There is no such file.
     """
     if name == "digits":
-        from .zoo import digits
+        from ..zoo import digits
 
         return digits.load(), digits.SHAPE
     if name.endswith(".safetensors"):

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from ._evaluation import Interrupted
-from .errors import SdekitError
+from ..errors import SdekitError
+from .evaluation import Interrupted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,6 +33,8 @@ def one_line_errors(command: Command) -> Command:
             return command(*args, **options)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except KeyboardInterrupt as stop:
+            raise Stopped("interrupted.") from stop
         except (SdekitError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
             if click.get_current_context().find_root().params.get("traceback"):
                 raise

@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ._arrays import write_arrays
-from .divergence import Divergence
-from .errors import PartialResultWarning, SdekitError, ToleranceWarning
-from .likelihood import LogLikelihood, log_likelihood
-from .model.score_model import ScoreModel
-from .solution import Status
+from ..divergence import Divergence
+from ..errors import PartialResultWarning, SdekitError, ToleranceWarning
+from ..likelihood import log_likelihood
+from ..model.score_model import ScoreModel
+from ..solution import LogLikelihood, Status
+from .arrays import write_arrays
 
 _FORMAT = "sdekit.evaluation/1"
 
@@ -74,7 +74,13 @@ class Options:
 
 
 class Interrupted(SdekitError):
-    """Ctrl-C during an evaluation; what was finished is on disk."""
+    """Ctrl-C during a command; the message says what was kept."""
+
+
+def require_finished(status: Tensor) -> None:
+    """Raises Interrupted where a solve was stopped by Ctrl-C: the library returns what there is, a command ends."""
+    if bool((status == Status.INTERRUPTED).any()):
+        raise Interrupted("interrupted.")
 
 
 def fingerprint(model: ScoreModel, x: Tensor, options: Options) -> str:
@@ -131,7 +137,7 @@ def evaluate(
     done = sum(part.log_prob.shape[0] for part in parts)
     bar = tqdm(total=x.shape[0], initial=done, disable=not progress, desc="log p", unit="sample")
     try:
-        with bar, _only_the_summary_warns():
+        with bar, only_the_summary_warns():
             while done < x.shape[0]:
                 rows = torch.arange(done, min(done + batch_size, x.shape[0]))
                 batch = model.take(rows.to(device)) if model.bound else model
@@ -145,22 +151,21 @@ def evaluate(
                     max_evaluations=options.max_evaluations,
                     throw=False,
                 )
-                if bool((result.status == Status.INTERRUPTED).any()):
-                    raise KeyboardInterrupt
+                require_finished(result.status)
                 parts.append(Scores.of(result))
                 done += rows.shape[0]
                 if partial is not None:
                     parts = [Scores.join(parts)]
                     write_arrays(partial, parts[0]._asdict(), {"format": _FORMAT, "fingerprint": mark})
                 bar.update(rows.shape[0])
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Interrupted) as stop:
         kept = "nothing was kept" if partial is None or not done else f"{done} are kept in {str(partial)!r}"
         raise Interrupted(f"interrupted after {done} of {x.shape[0]} samples; {kept}.") from stop
     return Scores.join(parts)
 
 
 @contextmanager
-def _only_the_summary_warns() -> Iterator[None]:
+def only_the_summary_warns() -> Iterator[None]:
     """Leaves out the warnings of single batches: status and solver_error say the same, and are summed up at the end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ToleranceWarning)

@@ -1,0 +1,31 @@
+"""Writes the tables of the last runs into README.md, between its two markers: nothing there is copied by hand."""
+
+from __future__ import annotations
+
+from .common import HERE, RESULTS
+
+ORDER = ("likelihood_exact", "likelihood_learned", "probes", "solver_error", "invariance", "overhead")
+BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
+
+
+def assembled() -> str:
+    """The markdown of all results that there are, one heading a benchmark."""
+    parts = []
+    for name in ORDER:
+        path = RESULTS / f"{name}.md"
+        if path.exists():
+            parts.append(f"## {name}\n\n{path.read_text().strip()}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    path = HERE / "README.md"
+    text = path.read_text()
+    head, rest = text.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    path.write_text(f"{head}{BEGIN}\n\n{assembled()}\n\n{END}{tail}")
+    print(f"{path.name}: {len(list(RESULTS.glob('*.md')))} results")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Variable-step Adams: exact on polynomials over any nodes, of its order on problems, each sample on its own nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import SDES, Given, draw, gaussian, mixture, observed_order, reference_flow, seeded, times, uneven_times
+from numpy.polynomial import Polynomial
+
+import sdekit
+from sdekit.solver.adams import newton_weights
+
+every_depth = pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6])
+
+
+def random_nodes(seed, batch, count):
+    """(B, count) increasing nodes with steps that differ by up to 12 times."""
+    steps = 0.05 + 0.6 * torch.rand(batch, count, generator=seeded(seed), dtype=torch.float64)
+    return steps.cumsum(1)
+
+
+def lagrange_integrals(nodes, start, end):
+    """The integral over [start, end] of each Lagrange polynomial of the nodes, by numpy."""
+    found = []
+    for j, own in enumerate(nodes):
+        others = np.delete(nodes, j)
+        basis = Polynomial.fromroots(others) / np.prod(own - others) if len(others) else Polynomial([1.0])
+        found.append(basis.integ()(end) - basis.integ()(start))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7])
+def test_newtons_weights_are_those_of_the_interpolating_polynomial(count):
+    nodes = random_nodes(count, 3, count).flip(1)  # newest first
+    start, end = nodes[:, 0], nodes[:, 0] + times(0.3, 0.02, 0.7)
+    weights = newton_weights(nodes, torch.ones_like(nodes, dtype=torch.bool), start, end)
+    for row in range(3):
+        for terms in range(1, count + 1):
+            # The first `terms` of Newton's terms interpolate the first `terms` nodes.
+            expected = lagrange_integrals(nodes[row, :terms].numpy(), float(start[row]), float(end[row]))
+            found = weights[row, :terms].sum(0)[:terms].numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
+            assert not weights[row, terms - 1, terms:].any()
+
+
+def test_invalid_nodes_change_nothing_and_stay_finite():
+    nodes = random_nodes(1, 4, 5).flip(1)
+    start, end = nodes[:, 0], nodes[:, 0] + 0.2
+    empty = nodes.clone()
+    empty[:, 3:] = 0.0  # what a fresh memory holds: equal nodes
+    valid = torch.tensor([True, True, True, False, False]).expand(4, 5)
+    full = newton_weights(nodes, torch.ones_like(valid), start, end)
+    part = newton_weights(empty, valid, start, end)
+    torch.testing.assert_close(part[:, :3, :3], full[:, :3, :3], rtol=1e-13, atol=0)
+    assert torch.isfinite(part).all()
+
+
+def march(solver, slope, nodes, z):
+    """Proposals of the solver over the nodes (B, n), from a memory filled in place."""
+    term, memory = Given(slope), solver.init(Given(slope), z)
+    s, found = nodes[:, 0], []
+    for s1 in [s, *nodes[:, 1:].unbind(1)]:
+        step = solver.propose(term, s, s1, z, memory, None)
+        found.append((s, s1, z, step))
+        s, z, memory = s1, step.z, step.memory
+    assert len(term.asked) == nodes.shape[1]
+    return found
+
+
+@every_depth
+def test_polynomial_slopes_are_integrated_exactly_over_any_nodes(depth):
+    batch = 4
+    coefficients = draw(depth, batch, depth + 1)  # of degree `depth`: the corrector has order depth + 1
+
+    def slope(s, z):
+        return sum(coefficients[:, k] * s**k for k in range(depth + 1))[:, None]
+
+    def integral(s):
+        return sum(coefficients[:, k] * s ** (k + 1) / (k + 1) for k in range(depth + 1))[:, None]
+
+    z = draw(9, batch, 1)
+    steps = march(sdekit.Adams(depth), slope, random_nodes(depth, batch, depth + 6), z)
+    for number, (s, s1, before, step) in enumerate(steps):
+        assert bool(step.settled.all()) == (number >= depth)
+        if number >= depth:
+            torch.testing.assert_close(step.z - before, integral(s1) - integral(s), rtol=1e-9, atol=1e-10)
+
+
+@every_depth
+def test_the_error_estimate_is_that_of_the_corrector_of_one_order_less(depth):
+    def run(degree):
+        nodes = random_nodes(3, 2, depth + 5)
+        return march(
+            sdekit.Adams(depth), lambda s, z: (s**degree)[:, None], nodes, torch.zeros(2, 1, dtype=torch.float64)
+        )
+
+    for number, (_, _, _, step) in enumerate(run(depth - 1)):
+        if number >= depth:
+            assert float(step.error.abs().max()) < 1e-11
+    for number, (s, s1, before, step) in enumerate(run(depth)):
+        if number >= depth:
+            exact = ((s1 ** (depth + 1) - s ** (depth + 1)) / (depth + 1))[:, None]
+            lower = step.z - step.error - before
+            torch.testing.assert_close(step.error, exact - lower, rtol=1e-8, atol=1e-11)
+            assert float(step.error.abs().min()) > 1e-9
+
+
+@every_depth
+def test_every_sample_walks_on_its_own_nodes(depth):
+    nodes, z = random_nodes(5, 4, 9), draw(6, 4, 3)
+
+    def slope(s, z):
+        return torch.sin(s[:, None] + z)
+
+    together = march(sdekit.Adams(depth), slope, nodes, z)
+    for i in range(4):
+        alone = march(sdekit.Adams(depth), slope, nodes[i : i + 1], z[i : i + 1])
+        for (_, _, _, one), (_, _, _, all_) in zip(alone, together, strict=True):
+            torch.testing.assert_close(one.z, all_.z[i : i + 1], rtol=1e-13, atol=1e-14)
+            torch.testing.assert_close(one.error, all_.error[i : i + 1], rtol=1e-9, atol=1e-14)
+
+
+def graded(first, last, n, start=26):
+    """n uneven steps, the first of them divided in a geometric sequence so that the low-order start costs nothing."""
+    grid = uneven_times(first, last, n)
+    shares = 2.0 ** -torch.arange(start, 0, -1, dtype=torch.float64)
+    return torch.cat((grid[:1], grid[0] + (grid[1] - grid[0]) * shares, grid[1:]))
+
+
+SDE, FIRST, LAST = SDES["vp"], 0.75, 0.2
+
+
+def errors_of(depth, target, exact, x, counts):
+    term, errors = sdekit.ProbabilityFlow(target.score_model(SDE)), []
+    for n in counts:
+        grid = sdekit.FixedGrid(graded(FIRST, LAST, n))
+        found = sdekit.integrate(term, sdekit.Adams(depth), grid, x, FIRST, LAST)
+        errors.append(float((found.x - exact).abs().max()))
+    return errors
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_halving_the_steps_divides_the_error_by_two_to_the_order(depth):
+    target = gaussian(3)
+    x = SDE.perturb(draw(1, 2, 3), FIRST, draw(2, 2, 3))
+    counts = (96, 192) if depth < 4 else (144, 288)
+    errors = errors_of(depth, target, target.flow_map(SDE, x, FIRST, LAST), x, counts)
+    assert observed_order(errors)[-1] == pytest.approx(depth + 1, abs=0.5), errors
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_mixtures_flow_is_approached_at_least_as_fast(depth):
+    target = mixture(2, 4)
+    x = SDE.perturb(draw(1, 1, 2), FIRST, draw(2, 1, 2))
+    errors = errors_of(depth, target, reference_flow(target, SDE, x, FIRST, LAST), x, (96, 192))
+    assert observed_order(errors)[-1] > depth + 0.5, errors
+
+
+def test_without_a_graded_start_the_first_step_limits_the_order_to_three():
+    errors = []
+    for n in (64, 128, 256):
+        s = uneven_times(0.0, 3.0, n)[None]
+        steps = march(sdekit.Adams(5), lambda s, z: torch.cos(s)[:, None] * z, s, torch.ones(1, 1, dtype=torch.float64))
+        errors.append(abs(float(steps[-1][3].z) - float(torch.sin(s[0, -1]).exp())))
+    assert observed_order(errors)[-1] == pytest.approx(3.0, abs=0.4), errors
+
+
+@every_depth
+def test_a_step_of_no_length_goes_nowhere(depth):
+    solver, z, s = sdekit.Adams(depth), draw(1, 2, 3), times(0.2, 0.7)
+    step = solver.propose(Given(lambda s, z: z + 1.0), s, s, z, solver.init(Given(None), z), None)
+    assert torch.equal(step.z, z)
+    assert torch.isfinite(step.error).all()
+    # Only the start is in place: the next step must be finite and right to first order.
+    after = solver.propose(Given(lambda s, z: z + 1.0), s, s + 1e-3, z, step.memory, None)
+    torch.testing.assert_close(after.z, z + 1e-3 * (z + 1.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 7, 2.0, True])
+def test_depths_without_a_formula_are_refused(steps):
+    with pytest.raises(ValueError, match="steps="):
+        sdekit.Adams(steps)
