@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import sdekit
 from sdekit.cli import main
-from sdekit.commands import _recipes
 from sdekit.commands import evaluation as _evaluation
+from sdekit.commands import recipes as _recipes
 
 MODULE = """
 import torch

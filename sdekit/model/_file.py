@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..sde import VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
@@ -65,7 +66,8 @@ def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, An
     """
     text = json.dumps({name: _encode(value) for name, value in facts.items()})
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    save_file(tensors, str(path), metadata={"format": _FORMAT, "model": text})
+    # Not save_file: that leaves a file only its owner may read.
+    Path(path).write_bytes(save(tensors, metadata={"format": _FORMAT, "model": text}))
 
 
 def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
