@@ -64,6 +64,7 @@ class LikelihoodFlow(Term):
         self.event = event
         self.keys = keys
         self.mixed = MixedTime(model.sde, model.data_std) if mixed is None else mixed
+        self._variance = model.data_std**2
 
     @property
     def has_density(self) -> bool:
@@ -114,17 +115,18 @@ class LikelihoodFlow(Term):
         sde, rho = self.model.sde, q.exp()
         t = sde.clamp(sde.time_at(-q))
         alpha = sde.alpha(t)
-        c2 = self.model.data_std**2 + rho.square()
-        k = rho / c2.sqrt()
-        scale = alpha * c2.sqrt()
+        c2 = self._variance + rho.square()
+        c = c2.sqrt()
+        k, scale = rho / c, alpha * c
         mine = self.model.parameterization.mix(sde, t)
-        flow = conversion(alpha, rho * alpha, mine, Mix(-rate * k * rho / c2, rate * k * self.model.data_std**2 / c2))
-        slope = conversion(alpha, rho * alpha, mine, Mix(torch.zeros_like(k), -1.0 / k))
+        pull = rate * k / c2
+        # Both at once: du/ds, and the gradient of the log density in u.
+        target = Mix(torch.stack((-rho * pull, torch.zeros_like(k))), torch.stack((self._variance * pull, -1.0 / k)))
+        of_x, of_output = conversion(alpha, rho * alpha, mine, target)
         x = z.u * column(scale, z.u)
-        out, traces, product, notes = self._network(x, t, node, flow.output * scale)
-        du = column(flow.x, x) * x + column(flow.output, x) * out
-        gradient = column(slope.x, x) * x + column(slope.output, x) * out
-        log_det = traces + (flow.x * scale * x.shape[1])[:, None]
+        out, traces, product, notes = self._network(x, t, node, of_output[0] * scale)
+        du, gradient = of_x.to(x.dtype)[:, :, None] * x + of_output.to(x.dtype)[:, :, None] * out
+        log_det = traces + (of_x[0] * scale * x.shape[1])[:, None]
         # J' v of the whole field is the network's plus a multiple of v, which has no variance: left out of `product`.
         return Evaluation(FlowState(du, log_det, product), Aux(gradient, notes))
 

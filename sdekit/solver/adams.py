@@ -135,13 +135,14 @@ class Adams(Solver):
         weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
         backward, forward = (weights * (both[:, :, None] & both[:, None, :])).chunk(2)
         predict = backward.sum(1)[:, :depth]
-        predicted = tree_map(lambda state, past: state + _weighted(predict, past, state), z, memory.slopes)
+        predicted = tree_map(lambda state, past: state + _weighted(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
         correct = forward.sum(1)
         last = torch.take_along_dim(forward, held[:, None, None].expand(-1, 1, depth + 1), 1)[:, 0]
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
-        moved = tree_map(lambda state, past: state + _weighted(correct, past, state), z, slopes)
-        error = tree_map(lambda state, past: _weighted(last, past, state), z, slopes)
+        sums = tree_map(lambda past: _weighted(torch.stack((correct, last), 1), past), slopes)
+        moved = tree_map(lambda state, total: state + total[:, 0], z, sums)
+        error = tree_map(lambda total: total[:, 1], sums)
         kept = Memory(
             memory.entered + 1,
             nodes[:, :depth],
@@ -167,7 +168,7 @@ class Adams(Solver):
         return settle(memory.ledger, memory.entered, term.divergence.law, term.divergence.probes)
 
 
-def _weighted(weights: Tensor, past: Tensor, like: Tensor) -> Tensor:
-    """sum_j weights_j past_j over the history axis, in the dtype of `like`: (B, K), (B, K, ...) -> (B, ...)."""
-    shape = weights.shape + (1,) * (past.dim() - 2)
-    return (weights.to(past.dtype).reshape(shape) * past).sum(1).to(like.dtype)
+def _weighted(weights: Tensor, past: Tensor) -> Tensor:
+    """N sums over the history axis at once, in its dtype: weights (B, N, K), (B, K, ...) -> (B, N, ...)."""
+    sums = torch.bmm(weights.to(past.dtype), past.flatten(2))
+    return sums.reshape(*weights.shape[:2], *past.shape[2:])
