@@ -142,8 +142,9 @@ class Nats(Controller):
 
     Args:
         tolerance: Nats per sample, > 0.
-        cap: Evaluations after which the demand is relaxed, by 4 every 32, so that every solve ends; the samples it
-            happens to carry an honest estimate above the tolerance.
+        cap: Evaluations after which the demand is relaxed, by 4 every 64, so that every solve ends; the samples it
+            happens to carry an honest estimate above the tolerance. Points between the components of a 64-D mixture
+            need up to 1,100 at 1e-2 nats; networks with kinks may go on for ever.
         growth: A step is at most this times the one before it: what was resolved says little of twice the distance.
         ceiling: Largest step, in s: coarse tolerances would miss structure without it.
         doubt: Costs count 1 + min(1, doubt * tolerance) times: on coarse steps the estimate is low, by 2 on a learned
@@ -151,12 +152,13 @@ class Nats(Controller):
     """
 
     tolerance: float = 1e-2
-    cap: int = 512
+    cap: int = 2048
     growth: float = 1.5
     ceiling: float = 1.0 / 20.0
     doubt: float = 20.0
 
     _FLOOR = 1e-5  # smallest step, in s
+    _RELAX_EVERY = 64  # evaluations, beyond the cap
     _STEPS = 40.0  # steps among which the tolerance is shared
     _RAMP = 0.01  # how much of the low-order estimate counts while a multistep method starts up ...
     _RAMP_SPENT = 0.1  # ... and how much of it is booked
@@ -187,7 +189,7 @@ class Nats(Controller):
         share = (length / (s_end - step.s0)).clamp(max=1.0)
         ratio = cost / (allowed * (share / self._STEPS).sqrt())
         ratio = ratio * torch.where(proposal.settled, 1.0, self._RAMP)
-        ratio = ratio * torch.exp(-math.log(4.0) * ((calls - self.cap).clamp(min=0) // 32).double())
+        ratio = ratio * torch.exp(-math.log(4.0) * ((calls - self.cap).clamp(min=0) // self._RELAX_EVERY).double())
         finite = torch.isfinite(ratio) & step.finite
         at_floor = length <= self._FLOOR
         accept = finite & ((ratio <= 2.0) | at_floor)

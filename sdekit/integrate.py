@@ -65,6 +65,8 @@ def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
     """The carry at the start; samples that are not finite have failed already, those at the end have arrived."""
     status = torch.where(all_finite(z0), int(Status.RUNNING), int(Status.NOT_FINITE))
     status = torch.where((status == Status.RUNNING) & (s0 == problem.s_end), int(Status.DONE), status)
+    if problem.solver.evaluations > problem.max_evaluations:  # not even the first advance is within the budget
+        status = torch.where(status == Status.RUNNING, int(Status.BUDGET), status)
     none = torch.zeros_like(status)
     memory = problem.solver.init(problem.term, z0)
     return Carry(s0, z0, memory, problem.controller.start(problem.term, s0, problem.s_end), status, none, none, none)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from helpers import SDES, Function, Watch, draw, gaussian, mixture, times, watched
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdekit
@@ -35,10 +35,11 @@ SOLVERS = {"Tsit5": sdekit.Tsit5(), "Dopri8": sdekit.Dopri8(), "Adams": sdekit.A
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@settings(max_examples=6)
 @given(order=st.permutations(range(5)), size=st.integers(1, 5), seed=st.integers(0, 3))
 def test_each_sample_is_solved_as_if_it_were_alone(name, order, size, seed):
     x, rows = data(5, seed), torch.tensor(order[:size])
-    together, apart = solve(x, SOLVERS[name], t0=0.2), solve(x[rows], SOLVERS[name], t0=0.2)
+    together, apart = (solve(part, SOLVERS[name], sdekit.PID(1e-3, 1e-3), t0=0.2) for part in (x, x[rows]))
     assert torch.equal(apart.stats.accepted, together.stats.accepted[rows])
     assert torch.equal(apart.stats.rejected, together.stats.rejected[rows])
     assert torch.equal(apart.stats.evaluations, together.stats.evaluations[rows])
@@ -118,7 +119,7 @@ def test_a_sample_that_is_not_a_number_costs_nothing_and_disturbs_nobody():
 
 def test_all_samples_that_fail_are_counted_and_the_first_eight_named():
     x = torch.full((11, 2), torch.nan, dtype=torch.float64)
-    with pytest.raises(sdekit.SolveError, match=r"11 of 11.*sample 7 .*and 3 more") as caught:
+    with pytest.raises(sdekit.SolveError, match=r"(?s)11 of 11.*sample 7 .*and 3 more") as caught:
         solve(x)
     assert "sample 8" not in str(caught.value)
 
