@@ -143,6 +143,10 @@ class Report:
     tables: list[Table] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    facts: dict[str, Cell] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.facts = environment(self.chosen)  # as the run begins: the commit may change under a long one
 
     def table(self, title: str, columns: Sequence[str], note: str = "") -> Table:
         """A new table of this report."""
@@ -150,7 +154,7 @@ class Report:
         return self.tables[-1]
 
     def markdown(self) -> str:
-        facts = ", ".join(f"{name} {value}" for name, value in environment(self.chosen).items())
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         parts = [f"`python -m benchmarks.{self.name}`: {facts}, {time.monotonic() - self.began:.0f} s in all"]
         if self.goals:
             goals = Table("Goals", ["goal", "value", "wanted", "met"], [goal.row() for goal in self.goals])
@@ -168,7 +172,7 @@ class Report:
         text = self.markdown()
         record = {
             "benchmark": self.name,
-            "environment": environment(self.chosen),
+            "environment": self.facts,
             "seconds": round(time.monotonic() - self.began, 1),
             "goals": [
                 {"name": g.name, "value": _plain(g.value), "wanted": g.row()[2], "met": g.met} for g in self.goals

@@ -33,52 +33,67 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().nan_to_num(nan=float("inf")).max())
 
 
-def differences(model: sdekit.ScoreModel, x: Tensor, divergence: sdekit.Divergence) -> dict[str, float]:
-    """Largest change of log p, nats, by each kind of company; and how many samples a NaN took with it."""
+def differences(
+    model: sdekit.ScoreModel, x: Tensor, divergence: sdekit.Divergence, near: Tensor
+) -> list[tuple[str, str, float]]:
+    """Largest change of log p, nats, by each kind of company: (what, which points, value)."""
     count = x.shape[0]
     numbers = torch.arange(count)
     whole = solve(model, x, divergence, numbers)
-    some = torch.linspace(0, count - 1, 8).long()
-    alone = [solve(model, x[i : i + 1], divergence, numbers[i : i + 1]).log_prob for i in some.tolist()]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     shuffled = solve(model, x[order], divergence, numbers[order])
-    spoilt = x[:256].clone()
+    spoilt = torch.cat((x[:240], x[-16:]))
     spoilt[7] = torch.nan
-    beside = solve(model, spoilt, divergence, numbers[:256])
-    good = numbers[:256] != 7
-    return {
-        "alone": distance(torch.cat(alone), whole.log_prob[some]),
-        "shuffled": distance(shuffled.log_prob, whole.log_prob[order]),
-        "std_error shuffled": distance(shuffled.std_error, whole.std_error[order]),
-        "beside a NaN": distance(beside.log_prob[good], whole.log_prob[:256][good]),
-        "other samples a NaN spoilt": float(beside.log_prob[good].isnan().sum()),
-        "the NaN's own log p is NaN": float(
-            beside.log_prob[7].isnan() & (beside.status[7] == sdekit.Status.NOT_FINITE)
-        ),
-    }
+    kept = torch.cat((numbers[:240], numbers[-16:]))
+    beside = solve(model, spoilt, divergence, kept)
+    found: list[tuple[str, str, float]] = []
+    for label, mask in (("samples", ~near), ("near separatrix", near)):
+        some = mask.nonzero().squeeze(1)
+        some = some[torch.linspace(0, len(some) - 1, 8).long()]
+        alone = [solve(model, x[i : i + 1], divergence, numbers[i : i + 1]).log_prob for i in some.tolist()]
+        others = mask[kept] & (kept != 7)
+        found += [
+            ("alone", label, distance(torch.cat(alone), whole.log_prob[some])),
+            ("shuffled", label, distance(shuffled.log_prob[mask[order]], whole.log_prob[order][mask[order]])),
+            ("beside a NaN", label, distance(beside.log_prob[others], whole.log_prob[kept][others])),
+        ]
+    own = beside.log_prob[7].isnan() & (beside.status[7] == sdekit.Status.NOT_FINITE)
+    found += [("the NaN's own log p is NaN", "that one", float(own))]
+    return found
+
+
+NOTE = """Near separatrices the Jacobian changes by its own size over 1e-4 and less. An exact trace's change is made up for
+by the terminal law, a probe's value is not: rounding (batched matrix products round otherwise than single ones) shows
+there a million times enlarged."""
 
 
 def main() -> None:
     chosen = arguments(__doc__)
     report = Report("invariance", chosen)
     size = 256 if chosen.quick else 4096
-    table = report.table(f"largest change of log p, nats, in a batch of {size}", ["problem", "trace", "what", "value"])
+    columns = ["problem", "trace", "what", "points", "value"]
+    table = report.table(f"largest change of log p, nats, in a batch of {size}", columns, NOTE.replace("\n", " "))
     laws = {"ring": ring(), "4-D mixture": random_mixture(4, "full", torch.Generator().manual_seed(chosen.seed))}
     traces = {"exact": sdekit.Exact(), "one fresh probe": sdekit.Hutchinson(probes=1)}
     traces["with control"] = sdekit.Hutchinson(probes=1, control=True)
-    worst = 0.0
     for law, mixture in laws.items():
         problem = exact_problem(law, mixture, SDES["VP"], size - 16, 16, chosen.seed)
         for trace, divergence in tqdm(traces.items(), desc=law):
-            for what, value in differences(problem.model, problem.x, divergence).items():
-                table.rows.append([law, trace, what, value])
-                if what in ("alone", "shuffled", "std_error shuffled", "beside a NaN"):
-                    worst = max(worst, value)
-    report.goals.append(Goal("largest change, nats", worst, high=1e-10))
-    spoilt = sum(float(row[3]) for row in table.rows if row[2] == "other samples a NaN spoilt")
-    report.goals.append(Goal("samples that a NaN took with it", spoilt, high=0.0))
-    own = min(float(row[3]) for row in table.rows if row[2] == "the NaN's own log p is NaN")
-    report.goals.append(Goal("the NaN is reported for its own sample", own, low=1.0))
+            for row in differences(problem.model, problem.x, divergence, problem.near):
+                table.rows.append([law, trace, *row])
+    changes = [row for row in table.rows if row[3] != "that one"]
+
+    def worst(exact: bool, points: str) -> float:
+        return max(float(row[4]) for row in changes if (row[1] == "exact") == exact and row[3] == points)
+
+    own = min(float(row[4]) for row in table.rows if row[3] == "that one")
+    report.goals += [
+        Goal("exact trace: largest change, samples", worst(True, "samples"), high=1e-10),
+        Goal("exact trace: largest change, near separatrices", worst(True, "near separatrix"), high=1e-10),
+        Goal("probes: largest change, samples", worst(False, "samples"), high=1e-10),
+        Goal("probes: largest change, near separatrices", worst(False, "near separatrix"), high=1e-10),
+        Goal("the NaN is reported for its own sample", own, low=1.0),
+    ]
     report.save()
 
 

@@ -137,7 +137,7 @@ def exact_problems(
     seed: int, quick: bool, scale: float = 1.0, names: tuple[str, ...] = ("VP", "VE")
 ) -> list[ExactProblem]:
     """The problems with exact scores: the ring, and mixtures in 2, 16 and 64 dimensions, data times `scale`."""
-    sizes = {2: (3, 192, 48), 16: (2, 96, 24), 64: (1, 32, 8)}  # dimensions: draws a kind, samples, near points
+    sizes = {2: (3, 192, 48), 16: (1, 128, 24), 64: (1, 24, 4)}  # dimensions: draws a kind, samples, near points
     if quick:
         sizes = {2: (1, 64, 16), 16: (1, 32, 8)}
     laws = [("ring", ring(), *sizes[2][1:])]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._tensor import column, flatten
 from .divergence import Hutchinson
+from .errors import NetworkError, SolveError
 from .ledger import lone_variance, note
 from .likelihood_flow import LikelihoodFlow
 from .model.parameterization import Mix
@@ -57,9 +58,20 @@ def enter_data(term: LikelihoodFlow, x: Tensor, end: End) -> Entry:
         term: The equation; its divergence serves the correction too.
         x: (B, *event) data.
         end: "marginal": x itself; "heat" and "extrapolate": see the module.
+
+    Raises:
+        SolveError: The network cannot be used.
     """
-    if end == "marginal":
+    if end == "marginal" or not x.shape[0]:
         return Entry.empty(x)
+    try:
+        return _corrected(term, x, end)
+    except NetworkError as error:
+        raise SolveError(f"{error} (at t={term.model.sde.t_min:g}, in the correction end={end!r})") from error
+
+
+def _corrected(term: LikelihoodFlow, x: Tensor, end: End) -> Entry:
+    """Where the solve starts after a backward step of the heat equation."""
     sde = term.model.sde
     first = torch.full((x.shape[0],), sde.t_min, dtype=torch.float64, device=x.device)
     tau = float(torch.exp(-2.0 * sde.half_log_snr(sde.t_min)))

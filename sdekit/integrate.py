@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import require_batch, require_count, require_indices, require_positive, require_same_device
-from ._tensor import all_finite, put, select, take
+from ._fit import check_direction, check_grid_ends, check_method, times_of
+from ._tensor import all_finite, put, select, take, working
 from .brownian import BrownianPath
 from .controller import Controller, FixedGrid, Step
 from .errors import NetworkError, PartialResultWarning, SolveError
-from .sde.base import as_time
 from .solution import Solution, Stats, Status, describe
 from .solver.base import Solver, batch_of
 from .terms import Term
@@ -160,30 +160,6 @@ def _narrow(problem: Problem, rows: Tensor) -> Problem:
     return problem._replace(term=problem.term.take(rows), s_end=problem.s_end[rows], path=path)
 
 
-def check_method(solver: Solver, controller: Controller, path: BrownianPath | None) -> None:
-    """Raises ValueError where solver, controller and path do not fit one another."""
-    if controller.needs_error and solver.error_order is None:
-        raise ValueError(
-            f"{solver} has no error estimate, so {type(controller).__name__} cannot control it: "
-            "pass controller=sdekit.FixedGrid(times), or a solver with an embedded estimate."
-        )
-    if controller.needs_error and path is not None and not path.refinable:
-        raise ValueError(
-            f"{type(path).__name__} cannot be refined, and redrawing noise after a rejected step biases the law: "
-            "pass controller=sdekit.FixedGrid(times)."
-        )
-
-
-def times_of(name: str, t: Tensor | float, x: Tensor, low: float, high: float) -> Tensor:
-    """(B,) float64 times, checked to lie in [low, high]."""
-    time = as_time(t).to(x.device)
-    if time.dim() > 1 or (time.dim() == 1 and time.shape[0] != x.shape[0]):
-        raise ValueError(f"{name}.shape={tuple(time.shape)}; a number or shape ({x.shape[0]},) is needed.")
-    if not bool(((time >= low) & (time <= high)).all()):
-        raise ValueError(f"{name}={t}; times within [t_min, t_max] = [{low!r}, {high!r}] are needed.")
-    return time.expand(x.shape[0]).contiguous()
-
-
 def integrate(
     term: Term,
     solver: Solver,
@@ -200,6 +176,8 @@ def integrate(
     throw: bool = True,
 ) -> Solution:
     """The state of every sample at `t_end`: the general door to every equation, solver and controller.
+
+    No gradients are kept: differentiate through torchdiffeq or another library that takes the term.
 
     Args:
         term: The equation.
@@ -229,15 +207,17 @@ def integrate(
     low, high = term.model.sde.t_min, term.model.sde.t_max
     begin_at, end_at = times_of("t0", t0, x0, low, high), times_of("t_end", t_end, x0, low, high)
     if isinstance(controller, FixedGrid):
-        _check_grid_ends(controller, begin_at, end_at)
+        check_grid_ends(controller, begin_at, end_at)
     numbers = require_indices(indices, x0.shape[0], x0.device)
     s0, s_end = term.coordinate(begin_at), term.coordinate(end_at)
+    check_direction(term, controller, s0, s_end)
     problem = Problem(term, solver, controller, s_end, path, max_evaluations)
     limits = check_limits(max_evaluations, wall_time, progress)
-    outcome = drive(problem, begin(problem, s0, term.enter(x0, s0)), limits)
-    carry = outcome.carry
-    reached = term.time(carry.s)
-    x = x0 if batch_of(carry.z).shape[0] == 0 else term.leave(carry.z, carry.s)
+    with torch.inference_mode(False), torch.no_grad():
+        outcome = drive(problem, begin(problem, s0, term.enter(working(x0), s0)), limits)
+        carry = outcome.carry
+        reached = term.time(carry.s)
+        x = x0 if batch_of(carry.z).shape[0] == 0 else term.leave(carry.z, carry.s).to(x0.dtype)
     stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls)
     solution = Solution(x, reached, carry.status, stats)
     finish(solution, outcome, reached, f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end", numbers, throw)
@@ -250,15 +230,6 @@ def check_limits(max_evaluations: int, wall_time: float | None, progress: bool) 
     if wall_time is not None:
         require_positive("wall_time", wall_time)
     return Limits(max_evaluations, wall_time, progress)
-
-
-def _check_grid_ends(controller: FixedGrid, begin_at: Tensor, end_at: Tensor) -> None:
-    first, last = float(controller.times[0]), float(controller.times[-1])
-    if bool((begin_at != first).any() | (end_at != last).any()):
-        raise ValueError(
-            f"the grid runs from t={first!r} to t={last!r}, the solve from t0 to t_end; they must agree exactly: "
-            "flip the grid with .flip(0), or pass its own ends as t0 and t_end."
-        )
 
 
 def finish(solution: Any, outcome: Outcome, t: Tensor, target: str, indices: Tensor, throw: bool) -> None:

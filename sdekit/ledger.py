@@ -51,11 +51,17 @@ def note(probes: Tensor, products: Tensor) -> Note:
 def lone_variance(entry: Note, law: Law, dim: int, probes: int) -> Tensor:
     """(B,) variance of the estimate of one node without neighbours, averaged over `probes` probes.
 
-    Its own trace stands for the neighbours', and nothing tells the squared diagonal: a bound but for Gaussian probes.
+    (v . w)^2 is high by the variance asked for, so |w|^2 - (v . w)^2/D is low by that over D, which is made up for:
+    exact on average for the sphere, a bound for Rademacher probes, whose squared diagonal nothing tells here.
     """
-    spread = 0.0 if law == "gaussian" else dim * entry.trace.square()
-    factor = 2.0 * dim / (dim + 2.0) if law == "sphere" else 2.0
-    return factor * (entry.size - spread).clamp(min=0.0) / probes
+    if law == "gaussian":
+        return 2.0 * entry.size / probes
+    if dim == 1:  # a sign squared is 1: no variance
+        return torch.zeros_like(entry.size)
+    if law == "rademacher" and dim == 2:
+        return 2.0 * entry.size / probes
+    factor = 2.0 if law == "sphere" else 2.0 * dim / (dim - 2.0)
+    return factor * (entry.size - dim * entry.trace.square()).clamp(min=0.0) / probes
 
 
 class Ledger(NamedTuple):

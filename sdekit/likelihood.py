@@ -31,12 +31,14 @@ from ._checks import (
     require_same_device,
     require_seed,
 )
+from ._fit import check_grid_ends, check_method, times_of
+from ._tensor import working
 from .controller import Controller, FixedGrid, Nats
 from .divergence import Divergence, Exact, Hutchinson, require_traceable
 from .ends import End, Entry, enter_data
 from .errors import SmoothnessWarning, ToleranceWarning
 from .grid import MixedTime
-from .integrate import Outcome, Problem, begin, check_limits, check_method, drive, finish, times_of
+from .integrate import Outcome, Problem, begin, check_limits, drive, finish
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
@@ -47,7 +49,7 @@ from .targets import Gaussian
 from .units import Affine
 
 _EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
-_GRID_STEPS = 3  # Adams steps on a fixed grid: more nodes in the formula amplify what the grid misses
+_GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
 
 
 class _Method(NamedTuple):
@@ -119,13 +121,17 @@ def log_likelihood(
     limits = check_limits(max_evaluations, wall_time, progress)
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
     start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
-    mapped = x if transform is None else transform.forward(x)
+    if isinstance(method.controller, FixedGrid) and nodes is None:
+        check_grid_ends(method.controller, start, torch.full_like(start, sde.t_max))
+    _check_laws(data_moments, transform, x)
+    start_from = working(x)
+    mapped = start_from if transform is None else transform.forward(start_from)
     term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
     if isinstance(method.divergence, Hutchinson) and method.divergence.mode == "jvp" and x.shape[0]:
         first = model.take(torch.zeros_like(numbers[:1]))
         require_traceable(lambda state: first.output(state, start[:1]), mapped[:1])
-    with torch.no_grad():
-        entry = enter_data(term, mapped, end) if x.shape[0] else Entry.empty(mapped)
+    with torch.inference_mode(False), torch.no_grad():
+        entry = enter_data(term, mapped, end)
         s0 = term.coordinate(start)
         problem = Problem(
             term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - entry.evaluations
@@ -138,7 +144,7 @@ def log_likelihood(
         result = _result(term, method, outcome, entry, start, data_moments, transform)
     finish(result, outcome, result.t, "the noise's end of time", numbers, throw)
     _warn_loose(result, method)
-    return result
+    return result._replace(latent=result.latent.to(x.dtype))
 
 
 def _method(
@@ -154,7 +160,7 @@ def _method(
     require_positive("tolerance", tolerance)
     if nodes is not None and (solver is not None or controller is not None):
         raise ValueError("nodes= together with solver= or controller=; nodes chooses both: pass one or the other.")
-    chosen_solver: Solver = solver if solver is not None else Adams(4 if nodes is None else _GRID_STEPS)
+    chosen_solver: Solver = solver if solver is not None else Adams(5 if nodes is None else _GRID_ORDER)
     if controller is not None:
         judge = controller
     elif nodes is not None:
@@ -177,6 +183,19 @@ def _method(
             "use the default solver, or Hutchinson(..., fresh=False)."
         )
     return _Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
+
+
+def _check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
+    """Raises where the moments or the units do not fit the data: before the solve, not after it."""
+    size = x.shape[1:].numel()
+    given: object = data_moments
+    if given is not None and not isinstance(given, Gaussian):
+        kind = type(given).__name__
+        raise TypeError(f"data_moments is a {kind}; an sdekit.targets.Gaussian is needed, e.g. Gaussian.fit(data).")
+    if data_moments is not None and data_moments.dim != size:
+        raise ValueError(f"data_moments has {data_moments.dim} dimensions, a sample has {size}; they must agree.")
+    if transform is not None:
+        transform.check(x.shape[1:])
 
 
 def _check_end(end: str, t: Tensor | float | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -115,7 +115,7 @@ class LogLikelihood(NamedTuple):
         return bits_per_dim(self.log_prob, self.latent.shape[1:].numel(), levels, low, high)
 
 
-def describe(status: Tensor, t: Tensor, target: str, indices: Tensor, details: dict[int, Any] | None = None) -> str:
+def describe(status: Tensor, t: Tensor, target: str, indices: Tensor) -> str:
     """The message for a batch in which some samples did not arrive.
 
     Args:
@@ -123,13 +123,11 @@ def describe(status: Tensor, t: Tensor, target: str, indices: Tensor, details: d
         t: (B,) times reached.
         target: Where they should have arrived, in words.
         indices: (B,) global sample numbers, named in the message.
-        details: More to say of a row, by row number.
     """
     bad = [(row, Status(code)) for row, code in enumerate(status.tolist()) if not Status(code).arrived]
     lines = [f"{len(bad)} of {status.shape[0]} samples did not reach {target}."]
     for row, code in bad[:8]:
-        more = f" ({details[row]})" if details and row in details else ""
-        lines.append(f"  sample {int(indices[row])} at t={float(t[row]):.6g}: {EXPLANATIONS[code]}{more}")
+        lines.append(f"  sample {int(indices[row])} at t={float(t[row]):.6g}: {EXPLANATIONS[code]}")
     if len(bad) > 8:
         lines.append(f"  and {len(bad) - 8} more")
     lines.append(

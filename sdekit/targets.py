@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ._checks import require_batch, require_count
 from ._components import Components, Pull
-from ._tensor import flatten
-from .model.parameterization import Noise, Parameterization
+from ._tensor import column, flatten
+from .model.parameterization import LogSigmaLabel, Noise, Parameterization, TimeLabel
 from .model.score_model import ScoreModel
 from .sde.base import SDE, as_time
 
@@ -120,26 +120,27 @@ class _ExactNet(nn.Module):
         self.target = target
         self.sde = sde
         self.parameterization = parameterization
-        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
-        self._ends = parameterization.label(sde, ends)
 
     def _time(self, label: Tensor) -> Tensor:
-        """The time of a label: labels are affine in t, or in half_log_snr (EDM)."""
-        low, high = float(self._ends[0]), float(self._ends[1])
-        share = (label.double() - low) / (high - low)
-        if self.parameterization.input_scale(self.sde, self._ends) is None:
-            return self.sde.clamp(self.sde.t_min + share * (self.sde.t_max - self.sde.t_min))
-        first, last = float(self.sde.half_log_snr(self.sde.t_min)), float(self.sde.half_log_snr(self.sde.t_max))
-        return self.sde.clamp(self.sde.time_at(first + share * (last - first)))
+        """The time of a label: in closed form where the label knows it, else by bisection (labels are monotone)."""
+        meaning, sde = self.parameterization.label, self.sde
+        if isinstance(meaning, (TimeLabel, LogSigmaLabel)):
+            return sde.clamp(meaning.time_of(sde, label.double()))
+        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=label.device)
+        first, last = meaning(sde, ends)
+        low, high = (sde.half_log_snr(end).expand_as(label) for end in ends)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            before = (meaning(sde, sde.clamp(sde.time_at(middle))) < label) == (first < last)
+            low, high = torch.where(before, middle, low), torch.where(before, high, middle)
+        return sde.clamp(sde.time_at(0.5 * (low + high)))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         t = self._time(label)
         scale = self.parameterization.input_scale(self.sde, t)
-        state = x if scale is None else x / scale.reshape(-1, *[1] * (x.dim() - 1))
-        data, noise = self.target.predict(self.sde, state, t)
+        data, noise = self.target.predict(self.sde, x if scale is None else x / column(scale, x), t)
         mix = self.parameterization.mix(self.sde, t)
-        shape = (-1, *[1] * (x.dim() - 1))
-        return mix.data.reshape(shape) * data + mix.noise.reshape(shape) * noise
+        return column(mix.data, data) * data + column(mix.noise, noise) * noise
 
 
 def _eigen(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -18,21 +18,20 @@ import copy
 import json
 import math
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import require_count, require_positive, require_seed
+from ._interrupt import finish_step
 from .errors import SdekitError
 from .loss import Times, UniformHalfLogSNR, Weight, denoising_loss, uniform
 from .model.score_model import ScoreModel
@@ -107,7 +106,7 @@ class Trained(NamedTuple):
         model: The averaged weights, in evaluation mode: what to use.
         last: The weights of the last step; the same object that was passed in.
         step: Steps done; less than `Recipe.steps` if stopped.
-        losses: (n,) float64, the mean loss of every 100 steps of this call.
+        losses: (n,) float64, the mean loss of every 100 steps of this call (fewer before a checkpoint and at the end).
     """
 
     model: ScoreModel
@@ -142,8 +141,10 @@ def train(
     require_count("every", every)
     run = _Run(model, recipe)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     device, mode = run.generator.device, model.net.training
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _finish_step() as stopped:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), finish_step() as stopped:
         run.seed_dropout()
         if path is not None and path.exists():
             run.load(path)
@@ -153,12 +154,15 @@ def train(
             while run.step < recipe.steps and not stopped():
                 recent += run.advance(batches)
                 bar.update()
-                if run.step % _LOOK == 0 or run.step == recipe.steps:
+                saves = path is not None and run.step % every == 0
+                if run.step % _LOOK == 0 or run.step == recipe.steps or saves:  # nothing unseen is saved
                     losses.append(run.mean_loss(recent, run.step - done))
                     recent, done = torch.zeros_like(recent), run.step
                     bar.set_postfix(loss=f"{losses[-1]:.4g}")
-                if path is not None and run.step % every == 0:
+                if path is not None and saves:
                     run.save(path)
+        if run.step > done:
+            losses.append(run.mean_loss(recent, run.step - done))
         if path is not None:
             run.save(path)
     model.net.train(mode)
@@ -233,6 +237,7 @@ class _Run:
         # A function's repr has its address, which differs from process to process.
         recipe["weight"] = getattr(self.recipe.weight, "__name__", recipe["weight"])
         recipe |= {"sde": repr(self.model.sde), "parameterization": repr(self.model.parameterization)}
+        recipe = {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in recipe.items()}
         return recipe | {name: str(tuple(p.shape)) for name, p in self.named.items()}
 
     def save(self, path: Path) -> None:
@@ -244,7 +249,8 @@ class _Run:
             tensors |= {f"adam/{key}/{name}": value for key, value in self.adam.state.get(parameter, {}).items()}
         metadata = {"format": _FORMAT, "facts": json.dumps(self._facts()), "step": str(self.step)}
         part = path.with_name(path.name + ".part")
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, part, metadata)
+        plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        part.write_bytes(save(plain, metadata))
         os.replace(part, path)
 
     def load(self, path: Path) -> None:
@@ -277,23 +283,3 @@ class _Run:
         self.generator.set_state(tensors["random/generator"])
         self.seed_dropout(tensors["random/dropout"])
         self.step = step
-
-
-@contextmanager
-def _finish_step() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a question the loop asks between steps: stopping within one would tear the state."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield asked.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -31,6 +31,18 @@ class Affine:
         scale = torch.as_tensor(self.scale, dtype=torch.float64)
         if not bool((torch.isfinite(scale) & (scale != 0)).all()):
             raise ValueError(f"scale={self.scale!r}; finite and nonzero is needed.")
+        if not bool(torch.isfinite(torch.as_tensor(self.shift, dtype=torch.float64)).all()):
+            raise ValueError(f"shift={self.shift!r}; finite is needed.")
+
+    def check(self, event: torch.Size) -> None:
+        """Raises ValueError unless scale and shift are numbers or broadcast to the event's shape."""
+        for name, value in (("scale", self.scale), ("shift", self.shift)):
+            shape = torch.as_tensor(value).shape
+            tail = event[len(event) - len(shape) :] if len(shape) <= len(event) else None
+            if tail is None or any(mine not in (1, theirs) for mine, theirs in zip(shape, tail, strict=True)):
+                raise ValueError(
+                    f"{name}.shape={tuple(shape)}; a number or the event's shape {tuple(event)} is needed."
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of the user in the model's units, in the dtype of `x`."""

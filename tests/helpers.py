@@ -178,7 +178,7 @@ LAWS = ["rademacher", "gaussian", "sphere"]
 
 
 def true_variance(law: str, a: Tensor) -> float:
-    """The variance of a probe's estimate of the trace of `a` (D, D): math.md 5.3."""
+    """The variance of a probe's estimate of the trace of `a` (D, D) in closed form."""
     symmetric, dim = 0.5 * (a + a.T), a.shape[0]
     size = float(symmetric.square().sum())
     if law == "rademacher":

@@ -314,12 +314,23 @@ def test_what_cannot_be_trained_on_is_refused(place, array, extra, message):
 
 def test_a_changed_model_changes_the_fingerprint(place):
     x, options = torch.zeros(2, 2), _evaluation.Options()
-    net = torch.nn.Linear(2, 2)
+
+    class Net(torch.nn.Linear):
+        gain = 1.0
+
+        def forward(self, x, label):
+            return self.gain * super().forward(x)
+
+    net = Net(2, 2)
     model = sdekit.ScoreModel(net, sdekit.VPSDE())
     before = _evaluation.fingerprint(model, x, options)
     assert _evaluation.fingerprint(sdekit.ScoreModel(net, sdekit.VPSDE()), x, options) == before
     assert _evaluation.fingerprint(sdekit.ScoreModel(net, sdekit.VESDE()), x, options) != before
     assert _evaluation.fingerprint(sdekit.ScoreModel(net, sdekit.VPSDE(), sdekit.score()), x, options) != before
+    net.gain = 2.0  # no weight: what the network does tells
+    assert _evaluation.fingerprint(model, x, options) != before
+    net.gain = 1.0
+    assert _evaluation.fingerprint(model, x, options) == before
     with torch.no_grad():
         net.bias += 1e-6
     assert _evaluation.fingerprint(model, x, options) != before

@@ -85,7 +85,7 @@ def at_t_min(sde):
 @pytest.mark.parametrize("name", ["vp", "ve", "sub-vp", "karras", "flow", "cosine"])
 def test_the_flow_samples_the_law(name):
     sde = SDES[name]
-    found = sdekit.sample(TARGET.score_model(sde), (20_000, 3), dtype=torch.float64, denoise=False, seed=1)
+    found = sdekit.sample(TARGET.score_model(sde), (4_000, 3), dtype=torch.float64, denoise=False, seed=1)
     check_law(found.x, at_t_min(sde))
     assert (found.t == sde.t_min).all()
 
@@ -237,10 +237,10 @@ def test_arguments_that_do_not_fit_are_refused(error, message, options):
         sdekit.sample(MODEL, **{"shape": (2, 3), **options})
 
 
-@pytest.mark.parametrize("solver", [sdekit.Heun(), sdekit.Adams(2), sdekit.RK4()])
+@pytest.mark.parametrize("solver", [sdekit.Heun(), sdekit.Adams(3), sdekit.RK4()])
 def test_a_solver_that_cannot_take_noise_is_never_given_an_equation_with_it(solver):
     # It would drop the noise and keep the drift that goes with it: a wrong law without a word.
-    with pytest.raises((TypeError, ValueError), match="noise|Brownian|ReverseSDE"):
+    with pytest.raises((TypeError, ValueError), match=r"noise"):
         sdekit.sample(MODEL, (2, 3), eta=1.0, solver=solver, steps=5)
 
 

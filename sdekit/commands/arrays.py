@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -110,7 +110,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Tensor], metadata: Mapping[str
         raise ValueError(f"{str(path)!r} can hold one array only, not {sorted(arrays)}: name a .npz file.")
     kept = {name: value.detach().cpu().contiguous() for name, value in arrays.items()}
     if suffix == ".safetensors":
-        replace_file(path, lambda part: save_file(kept, str(part), metadata=texts))
+        replace_file(path, lambda part: part.write_bytes(save(kept, metadata=texts)))
         return
     plain = {name: value.numpy() for name, value in kept.items()}
     if suffix == ".npy":
@@ -129,7 +129,7 @@ def _savez(part: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path` and puts it in the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

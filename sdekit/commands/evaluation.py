@@ -83,8 +83,15 @@ def require_finished(status: Tensor) -> None:
         raise Interrupted("interrupted.")
 
 
-def fingerprint(model: ScoreModel, x: Tensor, options: Options) -> str:
-    """A text that differs whenever data, weights, the meaning of the output or the options do."""
+def fingerprint(model: ScoreModel, x: Tensor, options: Options, device: torch.device | str = "cpu") -> str:
+    """A text that differs whenever data, weights, what the network does, its meaning or the options do.
+
+    Args:
+        model: The score model, on `device`.
+        x: Data, (N, *event), N >= 1.
+        options: What the numbers depend on.
+        device: Where the model is.
+    """
     digest = hashlib.sha256()
 
     def add(tensor: Tensor) -> None:
@@ -98,6 +105,12 @@ def fingerprint(model: ScoreModel, x: Tensor, options: Options) -> str:
     for name, value in sorted(model.bound.items()):
         digest.update(name.encode())
         add(value) if isinstance(value, Tensor) else digest.update(repr(value).encode())
+    # What the network does and its weights do not tell: at three times, to digits that rounding leaves alone.
+    ends = model.sde.t_min, 0.5 * (model.sde.t_min + model.sde.t_max), model.sde.t_max
+    with torch.no_grad():
+        one = model.take(torch.zeros(1, dtype=torch.int64, device=device))
+        said = [one.output(x[:1].to(device), torch.tensor([t], dtype=torch.float64, device=device)) for t in ends]
+    digest.update(" ".join(f"{value:.3g}" for out in said for value in out.double().flatten().tolist()).encode())
     facts = (type(model.net).__name__, model.sde, model.parameterization, model.data_std, options)
     # The address in the repr of a function differs from process to process.
     digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(facts)).encode())
@@ -132,7 +145,7 @@ def evaluate(
     """
     if x.shape[0] == 0:
         raise ValueError(f"x.shape={tuple(x.shape)}; at least one sample is needed.")
-    mark = fingerprint(model, x, options)
+    mark = fingerprint(model, x, options, device)
     parts = [] if partial is None else _resume(partial, mark)
     done = sum(part.log_prob.shape[0] for part in parts)
     bar = tqdm(total=x.shape[0], initial=done, disable=not progress, desc="log p", unit="sample")

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from ..model.nets import MLP, UNet
@@ -73,7 +73,7 @@ def save_trained(path: Path, model: ScoreModel, architecture: Architecture) -> N
         with safe_open(str(part), framework="pt") as file:
             metadata = {**file.metadata(), "architecture": json.dumps(asdict(architecture))}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        save_file(tensors, str(part), metadata=metadata)
+        part.write_bytes(save(tensors, metadata=metadata))
 
     replace_file(path, write)
 

@@ -51,7 +51,13 @@ def choose_device(name: str | None) -> torch.device:
     """The device of that name; CUDA, where there is one, without a name."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise click.ClickException(f"--device {name}: there is no such device; cpu or cuda, for example.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException(f"--device {name}: this machine, or this build of PyTorch, has no CUDA device.")
+    return device
 
 
 def require_free(path: Path, overwrite: bool) -> None:

@@ -56,6 +56,10 @@ class TimeLabel:
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
         return self.scale * t + self.shift
 
+    def time_of(self, sde: SDE, label: Tensor) -> Tensor:
+        """The time that has this label."""
+        return (label - self.shift) / self.scale
+
 
 @dataclass(frozen=True)
 class LogSigmaLabel:
@@ -65,6 +69,10 @@ class LogSigmaLabel:
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
         return -self.scale * sde.half_log_snr(t)
+
+    def time_of(self, sde: SDE, label: Tensor) -> Tensor:
+        """The time that has this label."""
+        return sde.time_at(-label / self.scale)
 
 
 @dataclass(frozen=True)

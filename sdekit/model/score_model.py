@@ -73,7 +73,20 @@ class ScoreModel(nn.Module):
         Args:
             condition: Tensors of leading size B (one entry a sample), or anything else, passed as it is.
         """
+        for name, value in condition.items():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if any(isinstance(part, Tensor) for part in parts):
+                raise TypeError(
+                    f"condition {name} is a {type(value).__name__} that holds tensors, whose rows could not follow "
+                    "their samples: pass each tensor as a keyword of its own."
+                )
         return ScoreModel(self.net, self.sde, self.parameterization, self.data_std, {**self.bound, **condition})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ScoreModel:
+        """Moves bound tensors along with the weights (`to`, `cuda`, `double`)."""
+        self.bound = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.bound.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def take(self, rows: Tensor) -> ScoreModel:
         """This model for the samples `rows` only: their rows of every bound tensor."""

@@ -30,11 +30,11 @@ from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
 from ..likelihood_flow import LikelihoodFlow
 from ..terms import Term
-from .base import Proposal, Solver, batch_of, counters
+from .base import Proposal, Solver, batch_of, counters, refuse_noise
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
-_MAX_ORDER = 6  # 4-point Gauss is exact up to degree 7, Newton's last product here has degree 6
+_MAX_ORDER = 7  # 4-point Gauss is exact up to degree 7, Newton's last product here has degree 6
 
 
 class Memory(NamedTuple):
@@ -79,25 +79,21 @@ def newton_weights(nodes: Tensor, valid: Tensor, start: Tensor, end: Tensor) -> 
 
 @dataclass(frozen=True)
 class Adams(Solver):
-    """Adams-Bashforth of order `steps` predicting, Adams-Moulton of order `steps` + 1 correcting, variable steps.
+    """Adams-Moulton of order `order` correcting, Adams-Bashforth of one order less predicting, variable steps.
 
     Args:
-        steps: History nodes m, 1 to 6; the solution's order is m + 1.
+        order: Of the solution, 2 to 7; it remembers order - 1 nodes. The default is the "Adams 4(5)" of the likelihood.
     """
 
-    steps: int = 4
+    order: int = 5
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= _MAX_ORDER:
-            raise ValueError(f"steps={self.steps!r}; an int from 1 to {_MAX_ORDER} is needed.")
-
-    @property
-    def order(self) -> int:
-        return self.steps + 1
+        if isinstance(self.order, bool) or not isinstance(self.order, int) or not 2 <= self.order <= _MAX_ORDER:
+            raise ValueError(f"order={self.order!r}; an int from 2 to {_MAX_ORDER} is needed.")
 
     @property
     def error_order(self) -> int:
-        return self.steps
+        return self.order - 1
 
     @property
     def evaluations(self) -> int:
@@ -108,12 +104,13 @@ class Adams(Solver):
         return True
 
     def init(self, term: Term, z: Any) -> Memory:
+        refuse_noise(self, term)
         leaf, count = batch_of(z), counters(z)
-        nodes = torch.zeros(leaf.shape[0], self.steps, dtype=torch.float64, device=leaf.device)
-        slopes = tree_map(lambda part: part.new_zeros((part.shape[0], self.steps, *part.shape[1:])), z)
+        nodes = torch.zeros(leaf.shape[0], self.error_order, dtype=torch.float64, device=leaf.device)
+        slopes = tree_map(lambda part: part.new_zeros((part.shape[0], self.error_order, *part.shape[1:])), z)
         ledger = None
         if isinstance(term, LikelihoodFlow) and term.fresh:
-            ledger = open_ledger(leaf.shape[0], leaf.shape[1], self.steps, leaf.dtype, leaf.device)
+            ledger = open_ledger(leaf.shape[0], leaf.shape[1], self.error_order, leaf.dtype, leaf.device)
         return Memory(count, nodes, slopes, ledger)
 
     def ready(self, memory: Memory) -> Tensor:
@@ -122,7 +119,7 @@ class Adams(Solver):
     def propose(
         self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Memory, path: BrownianPath | None
     ) -> Proposal:
-        depth = self.steps
+        depth = self.error_order
         held = memory.entered.clamp(max=depth)
         places = torch.arange(depth + 1, device=s0.device)
         valid = places[1:] <= held[:, None]

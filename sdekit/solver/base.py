@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._tensor import column, tree_map
 from ..brownian import BrownianPath
-from ..terms import Aux, Term
+from ..terms import Aux, ReverseSDE, Term
 
 
 class Proposal(NamedTuple):
@@ -91,6 +90,10 @@ def counters(z: Any) -> Tensor:
     return torch.zeros(leaf.shape[0], dtype=torch.int64, device=leaf.device)
 
 
-def step_by(z: Any, h: Tensor, slope: Any) -> Any:
-    """z + h * slope, leaf by leaf; `h` is (B,)."""
-    return tree_map(lambda state, rate: state + column(h, state) * rate.to(state.dtype), z, slope)
+def refuse_noise(solver: Solver, term: Term) -> None:
+    """Raises TypeError for an equation with noise, which `solver` would drop: its law would be wrong without a word."""
+    if isinstance(term, ReverseSDE) and term.eta != 0:
+        raise TypeError(
+            f"{type(solver).__name__} integrates equations without noise, and this ReverseSDE has eta={term.eta!r}: "
+            "pass sdekit.EulerMaruyama(), or eta=0."
+        )

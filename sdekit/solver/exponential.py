@@ -39,16 +39,11 @@ class DPMSolverPP(Solver):
     Source: Lu et al. 2022, DPM-Solver++, with the exact second coefficient.
     """
 
-    order_: int = 2
+    order: int = 2
 
-    def __init__(self, order: int = 2) -> None:
-        if order not in (1, 2):
-            raise ValueError(f"order={order!r}; 1 or 2 is needed.")
-        object.__setattr__(self, "order_", order)
-
-    @property
-    def order(self) -> int:
-        return self.order_
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"order={self.order!r}; 1 or 2 is needed.")
 
     @property
     def error_order(self) -> None:
@@ -74,7 +69,7 @@ class DPMSolverPP(Solver):
         gain = -torch.expm1(-h)
         moved = column(torch.exp(sde.log_sigma(t1) - sde.log_sigma(t0)), z) * z
         moved = moved + column(sde.alpha(t1) * gain, z) * data
-        if self.order_ == 2:
+        if self.order == 2:
             # int e^{-(h-r)} r dr / h = phi(h); its limit at h = 0 is h/2, and a first step has no slope.
             past = here - memory.half_log_snr
             usable = (memory.entered > 0) & (past != 0) & (h != 0)

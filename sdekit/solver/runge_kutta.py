@@ -17,7 +17,7 @@ from .._tensor import column, tree_map
 from ..brownian import BrownianPath
 from ..terms import Term
 from . import tableau as tables
-from .base import Proposal, Solver, counters
+from .base import Proposal, Solver, counters, refuse_noise
 from .tableau import Tableau
 
 
@@ -51,6 +51,7 @@ class RungeKutta(Solver):
         return self.tableau.stages - int(self.tableau.first_same_as_last)
 
     def init(self, term: Term, z: Any) -> Memory:
+        refuse_noise(self, term)
         return Memory(counters(z), tree_map(torch.zeros_like, z) if self.tableau.first_same_as_last else None)
 
     def ready(self, memory: Memory) -> Tensor | None:

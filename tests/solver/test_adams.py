@@ -80,7 +80,7 @@ def test_polynomial_slopes_are_integrated_exactly_over_any_nodes(depth):
         return sum(coefficients[:, k] * s ** (k + 1) / (k + 1) for k in range(depth + 1))[:, None]
 
     z = draw(9, batch, 1)
-    steps = march(sdekit.Adams(depth), slope, random_nodes(depth, batch, depth + 6), z)
+    steps = march(sdekit.Adams(depth + 1), slope, random_nodes(depth, batch, depth + 6), z)
     for number, (s, s1, before, step) in enumerate(steps):
         assert bool(step.settled.all()) == (number >= depth)
         if number >= depth:
@@ -92,7 +92,7 @@ def test_the_error_estimate_is_that_of_the_corrector_of_one_order_less(depth):
     def run(degree):
         nodes = random_nodes(3, 2, depth + 5)
         return march(
-            sdekit.Adams(depth), lambda s, z: (s**degree)[:, None], nodes, torch.zeros(2, 1, dtype=torch.float64)
+            sdekit.Adams(depth + 1), lambda s, z: (s**degree)[:, None], nodes, torch.zeros(2, 1, dtype=torch.float64)
         )
 
     for number, (_, _, _, step) in enumerate(run(depth - 1)):
@@ -113,9 +113,9 @@ def test_every_sample_walks_on_its_own_nodes(depth):
     def slope(s, z):
         return torch.sin(s[:, None] + z)
 
-    together = march(sdekit.Adams(depth), slope, nodes, z)
+    together = march(sdekit.Adams(depth + 1), slope, nodes, z)
     for i in range(4):
-        alone = march(sdekit.Adams(depth), slope, nodes[i : i + 1], z[i : i + 1])
+        alone = march(sdekit.Adams(depth + 1), slope, nodes[i : i + 1], z[i : i + 1])
         for (_, _, _, one), (_, _, _, all_) in zip(alone, together, strict=True):
             torch.testing.assert_close(one.z, all_.z[i : i + 1], rtol=1e-13, atol=1e-14)
             torch.testing.assert_close(one.error, all_.error[i : i + 1], rtol=1e-9, atol=1e-14)
@@ -135,7 +135,7 @@ def errors_of(depth, target, exact, x, counts):
     term, errors = sdekit.ProbabilityFlow(target.score_model(SDE)), []
     for n in counts:
         grid = sdekit.FixedGrid(graded(FIRST, LAST, n))
-        found = sdekit.integrate(term, sdekit.Adams(depth), grid, x, FIRST, LAST)
+        found = sdekit.integrate(term, sdekit.Adams(depth + 1), grid, x, FIRST, LAST)
         errors.append(float((found.x - exact).abs().max()))
     return errors
 
@@ -161,14 +161,14 @@ def test_without_a_graded_start_the_first_step_limits_the_order_to_three():
     errors = []
     for n in (64, 128, 256):
         s = uneven_times(0.0, 3.0, n)[None]
-        steps = march(sdekit.Adams(5), lambda s, z: torch.cos(s)[:, None] * z, s, torch.ones(1, 1, dtype=torch.float64))
+        steps = march(sdekit.Adams(6), lambda s, z: torch.cos(s)[:, None] * z, s, torch.ones(1, 1, dtype=torch.float64))
         errors.append(abs(float(steps[-1][3].z) - float(torch.sin(s[0, -1]).exp())))
     assert observed_order(errors)[-1] == pytest.approx(3.0, abs=0.4), errors
 
 
 @every_depth
 def test_a_step_of_no_length_goes_nowhere(depth):
-    solver, z, s = sdekit.Adams(depth), draw(1, 2, 3), times(0.2, 0.7)
+    solver, z, s = sdekit.Adams(depth + 1), draw(1, 2, 3), times(0.2, 0.7)
     step = solver.propose(Given(lambda s, z: z + 1.0), s, s, z, solver.init(Given(None), z), None)
     assert torch.equal(step.z, z)
     assert torch.isfinite(step.error).all()
@@ -177,7 +177,7 @@ def test_a_step_of_no_length_goes_nowhere(depth):
     torch.testing.assert_close(after.z, z + 1e-3 * (z + 1.0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [0, 7, 2.0, True])
-def test_depths_without_a_formula_are_refused(steps):
-    with pytest.raises(ValueError, match="steps="):
-        sdekit.Adams(steps)
+@pytest.mark.parametrize("order", [1, 8, 3.0, True])
+def test_orders_without_a_formula_are_refused(order):
+    with pytest.raises(ValueError, match="order="):
+        sdekit.Adams(order)

@@ -1,0 +1,56 @@
+"""Do equation, solver, controller, path and times fit one another? Asked once, before a solve."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .brownian import BrownianPath
+from .controller import Controller, FixedGrid, Nats
+from .sde.base import as_time
+from .solver.base import Solver
+from .terms import ReverseSDE, Term
+
+
+def check_method(solver: Solver, controller: Controller, path: BrownianPath | None) -> None:
+    """Raises ValueError where solver, controller and path do not fit one another."""
+    if controller.needs_error and solver.error_order is None:
+        raise ValueError(
+            f"{solver} has no error estimate, so {type(controller).__name__} cannot control it: "
+            "pass controller=sdekit.FixedGrid(times), or a solver with an embedded estimate."
+        )
+    if controller.needs_error and path is not None and not path.refinable:
+        raise ValueError(
+            f"{type(path).__name__} cannot be refined, and redrawing noise after a rejected step biases the law: "
+            "pass controller=sdekit.FixedGrid(times)."
+        )
+
+
+def times_of(name: str, t: Tensor | float, x: Tensor, low: float, high: float) -> Tensor:
+    """(B,) float64 times, checked to lie in [low, high]."""
+    time = as_time(t).to(x.device)
+    if time.dim() > 1 or (time.dim() == 1 and time.shape[0] != x.shape[0]):
+        raise ValueError(f"{name}.shape={tuple(time.shape)}; a number or shape ({x.shape[0]},) is needed.")
+    if not bool(((time >= low) & (time <= high)).all()):
+        raise ValueError(f"{name}={t}; times within [t_min, t_max] = [{low!r}, {high!r}] are needed.")
+    return time.expand(x.shape[0]).contiguous()
+
+
+def check_direction(term: Term, controller: Controller, s0: Tensor, s_end: Tensor) -> None:
+    """Raises ValueError for what runs one way only (a reverse SDE, control in nats) asked to run the other."""
+    if not (isinstance(term, ReverseSDE) or isinstance(controller, Nats)):
+        return
+    if bool((s_end < s0).any()):
+        raise ValueError(
+            f"{type(term).__name__} under {type(controller).__name__} runs one way only, from "
+            f"{'t_max to t_min' if isinstance(term, ReverseSDE) else 't_min to t_max'}: exchange t0 and t_end."
+        )
+
+
+def check_grid_ends(controller: FixedGrid, begin_at: Tensor, end_at: Tensor) -> None:
+    """Raises ValueError unless the grid runs from `begin_at` to `end_at` (B,) exactly."""
+    first, last = float(controller.times[0]), float(controller.times[-1])
+    if bool((begin_at != first).any() | (end_at != last).any()):
+        raise ValueError(
+            f"the grid runs from t={first!r} to t={last!r}, the solve from t0 to t_end; they must agree exactly: "
+            "flip the grid with .flip(0), or pass its own ends as t0 and t_end."
+        )
