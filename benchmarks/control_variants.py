@@ -1,6 +1,6 @@
-"""The choices inside `Nats`, measured: how fast steps may grow, how long they may be, how far coarse estimates are doubted.
+"""The choices inside `Nats`: how fast steps may grow, how long they may be, how far coarse estimates are doubted.
 
-Each variant solves the same samples with the exact trace in float64: learned networks (noise and EDM) and a 16-D mixture
+Each variant solves the same samples with the exact trace in float64: learned networks (noise, EDM) and a 16-D mixture
 with exact scores. What counts: no sample beyond its tolerance, 99% of true errors below `solver_error`, evaluations.
 """
 

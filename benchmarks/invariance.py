@@ -63,8 +63,7 @@ def differences(
 
 
 NOTE = """Near separatrices the Jacobian changes by its own size over 1e-4 and less. An exact trace's change is made up for
-by the terminal law, a probe's value is not: rounding (batched matrix products round otherwise than single ones) shows
-there a million times enlarged."""
+by the terminal law, a probe's value is not: rounding shows there enlarged."""
 
 
 def main() -> None:

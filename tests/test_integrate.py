@@ -35,7 +35,7 @@ SOLVERS = {"Tsit5": sdekit.Tsit5(), "Dopri8": sdekit.Dopri8(), "Adams": sdekit.A
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(order=st.permutations(range(5)), size=st.integers(1, 5), seed=st.integers(0, 3))
 def test_each_sample_is_solved_as_if_it_were_alone(name, order, size, seed):
     x, rows = data(5, seed), torch.tensor(order[:size])
@@ -73,8 +73,8 @@ def test_samples_have_their_own_start_and_end():
 def test_what_goes_forward_comes_back():
     x = data(4)
     for solver in (sdekit.Dopri5(), sdekit.Adams(5)):
-        there = solve(x, solver, sdekit.PID(1e-8, 1e-8), t0=0.01, t_end=0.9)
-        back = solve(there.x, solver, sdekit.PID(1e-8, 1e-8), t0=0.9, t_end=0.01)
+        there = solve(x, solver, sdekit.PID(1e-7, 1e-7), t0=0.05, t_end=0.9)
+        back = solve(there.x, solver, sdekit.PID(1e-7, 1e-7), t0=0.9, t_end=0.05)
         torch.testing.assert_close(back.x, x, rtol=0, atol=1e-4)
 
 

@@ -82,7 +82,7 @@ def at_t_min(sde):
     )
 
 
-@pytest.mark.parametrize("name", ["vp", "ve", "sub-vp", "karras", "flow", "cosine"])
+@pytest.mark.parametrize("name", ["vp", "ve", "sub-vp", "flow"])
 def test_the_flow_samples_the_law(name):
     sde = SDES[name]
     found = sdekit.sample(TARGET.score_model(sde), (4_000, 3), dtype=torch.float64, denoise=False, seed=1)
@@ -90,14 +90,13 @@ def test_the_flow_samples_the_law(name):
     assert (found.t == sde.t_min).all()
 
 
-@pytest.mark.parametrize("eta", [0.6, 1.0])
-@pytest.mark.parametrize("name", ["vp", "karras"])
+@pytest.mark.parametrize(("name", "eta"), [("vp", 1.0), ("karras", 0.6)])
 def test_the_reverse_equation_samples_the_law_at_every_noise_level(name, eta):
-    # Weak order 1: at 250 steps the bias is below 1.5 standard errors of 3,000 samples, so 7.5 stand for 6.
+    # Weak order 1: at 250 steps the bias is below 1.5 standard errors of 2,000 samples, so 7.5 stand for 6.
     sde = SDES[name]
     model = TARGET.score_model(sde)
-    found = sdekit.sample(model, (3_000, 3), eta=eta, steps=250, dtype=torch.float64, denoise=False, seed=2)
-    mean, n = TARGET._components.means[0], 3_000
+    found = sdekit.sample(model, (2_000, 3), eta=eta, steps=250, dtype=torch.float64, denoise=False, seed=2)
+    mean, n = TARGET._components.means[0], 2_000
     basis, values = TARGET._components.basis[0], TARGET._components.values[0]
     variance = ((basis * values) @ basis.T).diagonal()
     assert ((found.x.mean(0) - mean).abs() < 7.5 * (variance / n).sqrt()).all()

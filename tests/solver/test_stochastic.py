@@ -75,6 +75,15 @@ def test_the_drift_and_noise_are_those_of_the_reverse_equation():
             torch.testing.assert_close(term.noise_scale(-t), eta * g[:, 0], rtol=1e-12, atol=0)
 
 
+def test_a_step_takes_drift_and_noise_where_it_starts():
+    sde, x, s0, s1 = SDES["ve"], draw(1, 2, 3), times(-0.9, -0.5), times(-0.6, -0.45)
+    term, solver = sdekit.ReverseSDE(gaussian(3).score_model(sde), 0.8), sdekit.EulerMaruyama()
+    moved = solver.propose(term, s0, s1, x, solver.init(term, x), Path(1.0)).z
+    length = (s1 - s0)[:, None]
+    expected = x + length * term.drift(s0, x) + 0.8 * sde.diffusion(-s0)[:, None] * length.sqrt()
+    torch.testing.assert_close(moved, expected, rtol=1e-13, atol=0)
+
+
 def test_the_noise_level_may_depend_on_time():
     sde, t = SDES["vp"], times(0.2, 0.7)
     term = sdekit.ReverseSDE(gaussian(3).score_model(sde), lambda t: t)
