@@ -25,9 +25,10 @@ TOLERANCES = (1e-2, 1e-3)
 
 
 class Outcome(NamedTuple):
-    """Signed errors, estimates and costs of some samples, all (n,)."""
+    """Errors, estimates and costs of some samples, all (n,); `law`: what the terminal law alone does to log p."""
 
     error: Tensor
+    law: Tensor
     estimate: Tensor
     evaluations: Tensor
     near: Tensor
@@ -46,7 +47,8 @@ def solve(problem: ExactProblem, tolerance: float, truth: Tensor, end: str = "ma
             data_moments=problem.moments,
             throw=False,
         )
-    return Outcome(found.log_prob - truth, found.solver_error, found.stats.evaluations.double(), problem.near)
+    law = found.log_prior - problem.target.marginal_log_prob(problem.model.sde, found.latent, problem.model.sde.t_max)
+    return Outcome(found.log_prob - truth, law, found.solver_error, found.stats.evaluations.double(), problem.near)
 
 
 def pooled(parts: list[Outcome]) -> Outcome:
@@ -60,7 +62,18 @@ def group_of(problem: ExactProblem) -> str:
     return f"{sde} {'ring' if law == 'ring' else law.split(' ')[0]}"
 
 
-COLUMNS = ["problem", "points", "tolerance", "n", "within", "worst / tol", "median / tol", "evaluations", "loose"]
+COLUMNS = [
+    "problem",
+    "points",
+    "tolerance",
+    "n",
+    "within",
+    "worst / tol",
+    "median / tol",
+    "evaluations",
+    "loose",
+    "law alone, worst",
+]
 
 
 def add_rows(table: Table, groups: dict[tuple[str, float], list[Outcome]]) -> None:
@@ -76,6 +89,7 @@ def add_rows(table: Table, groups: dict[tuple[str, float], list[Outcome]]) -> No
                     *(name, label, tolerance, error.numel(), share_within(error, tolerance)),
                     *(quantile(error, 1.0) / tolerance, quantile(error, 0.5) / tolerance),
                     *(float(outcome.evaluations[rows].mean()), int((outcome.estimate[rows] > tolerance).sum())),
+                    quantile(outcome.law[rows].abs(), 1.0),
                 ]
             )
 

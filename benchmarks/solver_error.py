@@ -76,7 +76,11 @@ def cases(seed: int, quick: bool) -> list[Case]:
     x = torch.cat((x, near_separatrix(ring(), len(x) // 4, generator)))
     models = {"noise net, VP": learned("noise", seed, quick), "EDM net, VP": learned("edm", seed, quick)}
     models["EDM net, Karras"] = learned("edm", seed, quick, sdekit.KarrasSDE())
-    made += [Case(name, model, x, reference(model, x)) for name, model in tqdm(models.items(), desc="references")]
+    count = len(x) * 4 // 5
+    for name, model in tqdm(models.items(), desc="references"):
+        known = reference(model, x)
+        for label, rows in (("", slice(count)), (", near separatrices", slice(count, None))):
+            made.append(Case(name + label, model, x[rows], Reference(*(part[rows] for part in known))))
     images = digits(4 if quick else 32, seed)
     return [
         *made,

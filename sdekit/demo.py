@@ -125,7 +125,7 @@ def run(picture: Path, *, seed: int = 0, progress: bool = True) -> list[str]:
         "",
         *_costs(first.row, exact, peer),
         "",
-        f"picture in {str(picture)!r}; {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads",
+        f"picture in {str(picture)!r}; {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} thread(s)",
     ]
 
 

@@ -53,7 +53,7 @@ def on_lattice_below(step, wanted):
 
 def nats_by_hand(controller, cost, length, rest, spent, calls, settled):
     """The rules of `Nats` on plain numbers: (accept, next step before the lattice, spent)."""
-    cost = cost * (1.0 + min(1.0, controller.doubt * controller.tolerance))
+    cost = cost * (1.0 + min(1.5, controller.doubt * controller.tolerance))
     ratio = cost / (
         max(controller.tolerance - spent, 0.1 * controller.tolerance) * math.sqrt(min(1.0, length / rest) / 40.0)
     )

@@ -93,6 +93,14 @@ def test_the_noise_level_may_depend_on_time():
     torch.testing.assert_close(term.drift(-t, x)[1], still.drift(-t, x)[1])
 
 
+def test_the_equation_is_clamped_to_the_times_the_network_knows():
+    sde, x = SDES["vp"], draw(1, 2, 3)
+    term = sdekit.ReverseSDE(gaussian(3).score_model(sde))
+    for outside, end in ((-1.4, -sde.t_max), (0.3, -sde.t_min)):
+        assert torch.equal(term.f(outside, x), term.f(end, x))
+        assert torch.equal(term.g(outside, x), term.g(end, x))
+
+
 def test_without_noise_it_is_eulers_method():
     sde, grid = SDES["vp"], sdekit.FixedGrid(uneven_times(0.8, 0.2, 12))
     model, x = gaussian(3).score_model(sde), draw(1, 4, 3)
