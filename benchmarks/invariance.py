@@ -62,8 +62,8 @@ def differences(
     return found
 
 
-NOTE = """Near separatrices the Jacobian changes by its own size over 1e-4 and less. An exact trace's change is made up for
-by the terminal law, a probe's value is not: rounding shows there enlarged."""
+NOTE = """Near separatrices the Jacobian changes by its own size over 1e-4 and less: rounding (batched matrix products
+round otherwise than single ones) is enlarged there."""
 
 
 def main() -> None:

@@ -281,7 +281,7 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
     """Evaluate the shipped digits network on held-out images: bits/dim, its uncertainties, its cost, a picture."""
     from .demo import run
 
-    # The network is small: a second thread gains little, and where other work runs threads spin waiting for one another.
+    # The network is small: a second thread gains little, and beside other work threads spin waiting for one another.
     torch.set_num_threads(1)
     for line in run(out, seed=seed, progress=not quiet):
         click.echo(line)
