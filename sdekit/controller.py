@@ -155,9 +155,9 @@ class Nats(Controller):
 
     Args:
         tolerance: Nats per sample, > 0.
-        cap: Evaluations after which the demand is relaxed, by 4 every 64, so that every solve ends; the samples it
-            happens to carry an honest estimate above the tolerance. Points between the components of a 64-D mixture
-            need up to 1,100 at 1e-2 nats; networks with kinks may go on for ever.
+        cap: Evaluations after which the demand is relaxed, by 4 every 64, so that every solve ends. Costs then count
+            three times (coarse steps over kinks are worse than they look); such samples are marked LOOSE. Points
+            between the components of a 64-D mixture need up to 1,100 at 1e-2 nats.
         growth: A step is at most this times the one before it: what was resolved says little of twice the distance.
         ceiling: Largest step, in s: coarse tolerances would miss structure without it.
         doubt: Costs count 1 + min(1.5, doubt * tolerance) times: on coarse steps the estimate is low, by up to 2.3 on
@@ -211,7 +211,7 @@ class Nats(Controller):
         factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)
         factor = torch.where(accept, factor.clamp(0.3, self.growth), factor.clamp(0.1, 0.7))
         following = on_lattice(length * factor).clamp(self._FLOOR, self.ceiling)
-        booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT)
+        booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT) * torch.where(calls > self.cap, 3.0, 1.0)
         spent = torch.where(accept, state.spent + booked, state.spent)
         return Verdict(accept, NatsState(following, spent, calls), ~finite & at_floor)
 
