@@ -18,8 +18,7 @@ settings.register_profile(
 settings.register_profile("thorough", max_examples=500, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the parallelism; more threads than cores only wait for one another
+torch.set_num_threads(1)  # the networks are small and the workers are the parallelism: more threads only wait
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
