@@ -33,6 +33,7 @@ Field = Callable[[Tensor], Tensor]
 Law = Literal["rademacher", "gaussian", "sphere"]
 
 _DRAWS = {"rademacher": _random.rademacher, "gaussian": _random.normal, "sphere": _random.sphere}
+_EXACT_CONTROL = 4  # dimensions in which a control probe is replaced by the exact trace
 _CHUNK_NUMBERS = 1 << 22  # of the D x B x D numbers of an exact trace, how many basis vectors are held at once
 _DETACHED = (
     "the network's output does not depend on its input by autograd (detached, or computed under no_grad), so its "
@@ -59,7 +60,7 @@ class Divergence(ABC):
     """How the divergence of a vector field is had.
 
     Attributes:
-        probe_count: Probe vectors needed at each evaluation.
+        probe_count: Probe vectors needed at each evaluation, the control counted as one.
     """
 
     @property
@@ -122,7 +123,8 @@ class Hutchinson(Divergence):
             noisy than one probe kept for the whole path; needs a solver that weighs its nodes (the default one).
             False: the same probes along the path: for a smooth integrand, or gradients of one draw.
         control: With fresh probes: one fixed probe more, for error control only. One more product an evaluation;
-            `solver_error` then covers as it does with exact traces.
+            `solver_error` then covers as it does with exact traces. In up to 4 dimensions, where one probe may hide
+            most of an error, the control is the exact trace (D products).
         law: "rademacher" (the default: no variance from the diagonal), "gaussian" or "sphere".
         mode: "vjp", or "jvp" where memory decides; falls back to vjp where a kernel has no forward mode.
     """
@@ -164,7 +166,7 @@ class Hutchinson(Divergence):
         return torch.stack([_random.sample_keys(seed, use, indices) for use in (Stream.PROBE, Stream.CONTROL)], 1)
 
     def draw(self, keys: Tensor, node: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        """(P, B, D) probes: those of the value first, the control's last.
+        """(P, B, D) probes: those of the value first, the control's last (one, or D in up to 4 dimensions).
 
         Args:
             keys: (B, 2) from `keys`.
@@ -179,6 +181,9 @@ class Hutchinson(Divergence):
             drawn = drawn * (size**0.5 / drawn.norm(dim=2, keepdim=True))
         if not self.control:
             return drawn
+        if size <= _EXACT_CONTROL:  # axes of length sqrt(D): the mean of their v' A v is the trace
+            axes = size**0.5 * torch.eye(size, dtype=dtype, device=drawn.device)
+            return torch.cat((drawn, axes[:, None, :].expand(-1, drawn.shape[1], -1)))
         control = law(keys[:, 1], still, size, dtype)
         return torch.cat((drawn, control[None]))
 

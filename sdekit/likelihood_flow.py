@@ -152,7 +152,9 @@ class LikelihoodFlow(Term):
         products = products * column(jacobian, products)
         if self.fresh:
             count = self.divergence.probes
-            merged = torch.cat((traces[:, :count].mean(1, keepdim=True), traces[:, count:]), 1)
+            merged = traces[:, :count].mean(1, keepdim=True)
+            if self.divergence.control:
+                merged = torch.cat((merged, traces[:, count:].mean(1, keepdim=True)), 1)
             return out, merged, None, note(probes[:count], products[:, :count])
         return out, traces, products[:, 0] if self.keeps_product else None, None
 

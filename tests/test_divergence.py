@@ -152,6 +152,15 @@ def test_the_control_probe_is_one_more_fixed_and_independent():
         assert abs(float((value * first[2]).mean())) * math.sqrt(400 * 64) < 6.0
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_in_few_dimensions_the_control_is_the_exact_trace(size):
+    matrix = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    divergence = sdekit.Hutchinson(2, control=True)
+    found = divergence.evaluate(lambda x: x @ matrix.T, torch.ones(3, size).double(), drawn(divergence, 3, size))
+    assert found.traces.shape == (3, 2 + size)
+    torch.testing.assert_close(found.traces[:, 2:].mean(1), matrix.trace().expand(3))
+
+
 class NoForwardMode(torch.autograd.Function):
     """x^3 / 3 with a hand-written backward and nothing for forward mode or batching."""
 
