@@ -25,6 +25,15 @@ def check_method(solver: Solver, controller: Controller, path: BrownianPath | No
         )
 
 
+def check_path(path: BrownianPath | None, x: Tensor) -> None:
+    """Raises ValueError unless the path has increments for each sample of `x` (B, *event)."""
+    if path is not None and len(path) != x.shape[0]:
+        raise ValueError(
+            f"the path is for {len(path)} samples, x0 has {x.shape[0]}: pass one index a sample, "
+            "e.g. sdekit.IndependentIncrements(seed, torch.arange(len(x0)))."
+        )
+
+
 def times_of(name: str, t: Tensor | float, x: Tensor, low: float, high: float) -> Tensor:
     """(B,) float64 times, checked to lie in [low, high]."""
     time = as_time(t).to(x.device)

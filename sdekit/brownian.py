@@ -34,6 +34,10 @@ class BrownianPath(Protocol):
         """This path for the samples `rows` only."""
         ...
 
+    def __len__(self) -> int:
+        """How many samples it is for."""
+        ...
+
 
 class IndependentIncrements:
     """Increments drawn step by step: all that a fixed grid needs.
@@ -56,3 +60,6 @@ class IndependentIncrements:
 
     def take(self, rows: Tensor) -> IndependentIncrements:
         return IndependentIncrements(self.seed, self.indices[rows])
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import require_batch, require_count, require_indices, require_positive, require_same_device
-from ._fit import check_direction, check_grid_ends, check_method, times_of
+from ._fit import check_direction, check_grid_ends, check_method, check_path, times_of
 from ._tensor import all_finite, put, select, take, working
 from .brownian import BrownianPath
 from .controller import Controller, FixedGrid, Step
@@ -204,6 +204,7 @@ def integrate(
     require_same_device(term.model, x0, "x0")
     term.model.check_batch(x0.shape[0])
     check_method(solver, controller, path)
+    check_path(path, x0)
     low, high = term.model.sde.t_min, term.model.sde.t_max
     begin_at, end_at = times_of("t0", t0, x0, low, high), times_of("t_end", t_end, x0, low, high)
     if isinstance(controller, FixedGrid):

@@ -10,6 +10,7 @@ index): it is the same alone, in any batch, on any machine.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -29,11 +30,12 @@ from ._random import Stream
 from .brownian import IndependentIncrements
 from .controller import PID, Controller, FixedGrid
 from .divergence import Hutchinson
+from .errors import NetworkError, PartialResultWarning, SolveError
 from .grid import likelihood as likelihood_grid
 from .integrate import integrate
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
-from .solution import Solution
+from .solution import Solution, Status
 from .solver.adams import Adams
 from .solver.base import Solver
 from .solver.exponential import DPMSolverPP
@@ -123,7 +125,21 @@ def sample(
         )
         if not denoise or sizes[0] == 0:
             return solution
+        return _denoised(model, solution)
+
+
+def _denoised(model: ScoreModel, solution: Solution) -> Solution:
+    """The solution with the data its samples mean, from one evaluation more; `solution` itself if that is stopped."""
+    try:
         data = model.data(solution.x, solution.t)
+    except NetworkError as error:
+        raise SolveError(f"{error} (at the last denoising step)", solution) from error
+    except KeyboardInterrupt:
+        status = torch.where(solution.status == Status.DONE, int(Status.INTERRUPTED), solution.status)
+        warnings.warn(
+            "interrupted before the last denoising step: x are the states at t_min.", PartialResultWarning, stacklevel=3
+        )
+        return solution._replace(status=status)
     stats = solution.stats._replace(evaluations=solution.stats.evaluations + 1, calls=solution.stats.calls + 1)
     return solution._replace(x=data, stats=stats)
 

@@ -95,7 +95,7 @@ class _Target:
 
         Args:
             n: How many, >= 0.
-            generator: Source of the draws; None: a fresh one seeded with 0.
+            generator: Source of the draws. None: a fresh one seeded with 0, so that *every call returns the same*.
         """
         require_count("n", n, 0)
         source = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ class Gaussian(_Target):
         Args:
             data: (N, *event), N >= 2; more samples than dimensions for "full".
             covariance: "full"; "diagonal"; or "low_rank": the `rank` leading eigenvectors, the rest isotropic.
-            rank: For "low_rank": 1 <= rank < min(N, D); default min(64, ...).
+            rank: For "low_rank": 1 <= rank < min(N - 1, D); default min(64, ...).
 
         Raises:
             ValueError: Too few samples, or a direction without variance.
@@ -220,15 +220,15 @@ class Gaussian(_Target):
             return gaussian
         if covariance != "low_rank":
             raise ValueError(f"covariance={covariance!r}; 'full', 'diagonal' or 'low_rank' is needed.")
-        most = min(count, dim) - 1
+        most = min(count - 1, dim) - 1  # without their mean, N samples span N - 1 dimensions
         chosen = min(64, most) if rank is None else rank
         require_count("rank", chosen)
         if chosen > most:
-            raise ValueError(f"rank={chosen}; at most min(N, D) - 1 = {most} for {count} samples of {dim} dimensions.")
+            raise ValueError(f"rank={chosen}; at most min(N - 1, D) - 1 = {most} for data of shape ({count}, {dim}).")
         _, singular, right = torch.linalg.svd(offset, full_matrices=False)
         spectrum = singular.square() / count
         residual = spectrum[chosen:].sum() / (dim - chosen)
-        if not float(residual) > 0:
+        if not float(residual) > 1e-14 * float(spectrum.sum()):  # less is rounding
             raise ValueError(f"rank={chosen} leaves no variance outside; choose a smaller rank.")
         gaussian = cls(mean.reshape(event), torch.ones_like(mean).reshape(event))
         gaussian._components = Components(

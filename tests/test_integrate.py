@@ -317,6 +317,15 @@ def test_equations_and_controllers_that_run_one_way_are_not_run_the_other():
         sdekit.integrate(sdekit.ReverseSDE(MODEL), sdekit.EulerMaruyama(), GRID, data(3), SDE.t_min, SDE.t_max, path)
 
 
+def test_a_path_has_as_many_samples_as_the_batch():
+    for count in (1, 2, 4):
+        path = sdekit.IndependentIncrements(0, torch.arange(count))
+        with pytest.raises(ValueError, match=f"path is for {count} samples, x0 has 3"):
+            sdekit.integrate(
+                sdekit.ReverseSDE(MODEL), sdekit.EulerMaruyama(), GRID, data(3), SDE.t_max, SDE.t_min, path
+            )
+
+
 def test_a_solver_without_noise_does_not_take_an_equation_with_it():
     grid = sdekit.FixedGrid(GRID.times.flip(0))
     for solver in (sdekit.Heun(), sdekit.Adams(3)):

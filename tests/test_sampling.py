@@ -116,6 +116,37 @@ def test_denoising_costs_one_evaluation_and_says_so(options):
     torch.testing.assert_close(clean.x, MODEL.data(raw.x, raw.t), rtol=0, atol=0)
 
 
+class StopsAt(torch.nn.Module):
+    """A network that behaves until its `call`-th call and raises or detaches from there on."""
+
+    def __init__(self, model, call, error):
+        super().__init__()
+        self.model, self.left, self.error = model, call, error
+
+    def forward(self, x, label):
+        self.left -= 1
+        if self.left < 0 and self.error is not None:
+            raise self.error
+        out = self.model.net(x, label)
+        return out if self.left >= 0 else out[:, :1]
+
+
+def test_what_stops_the_last_denoising_keeps_the_states():
+    raw, rest = (
+        sdekit.sample(MODEL, (2, 3), steps=9, denoise=False),
+        (MODEL.sde, MODEL.parameterization, MODEL.data_std),
+    )
+    stopped = sdekit.ScoreModel(StopsAt(MODEL, raw.stats.calls, KeyboardInterrupt()), *rest)
+    with pytest.warns(sdekit.PartialResultWarning, match="states at t_min"):
+        found = sdekit.sample(stopped, (2, 3), steps=9)
+    assert found.status.tolist() == [sdekit.Status.INTERRUPTED] * 2
+    assert torch.equal(found.x, raw.x)
+    broken = sdekit.ScoreModel(StopsAt(MODEL, raw.stats.calls, None), *rest)
+    with pytest.raises(sdekit.SolveError, match="last denoising step") as caught:
+        sdekit.sample(broken, (2, 3), steps=9)
+    assert torch.equal(caught.value.solution.x, raw.x)
+
+
 def test_steps_are_steps():
     for options, calls in (
         ({"steps": 9}, 10),  # Adams fills its memory first

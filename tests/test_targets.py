@@ -267,6 +267,9 @@ def test_a_low_rank_fit_of_few_images_is_a_law():
     fit = targets.Gaussian.fit(data, "low_rank")
     assert torch.isfinite(fit.log_prob(data)).all()
     assert fit.sample(2).shape == (2, 3, 8, 8)
+    variance = (data - data.mean(0)).square().sum() / 20  # of which the law loses nothing
+    assert float(fit._components.values.sum() + 174 * fit._components.residual) == pytest.approx(float(variance))
+    assert float(fit._components.residual) > 1e-3
 
 
 @pytest.mark.parametrize("target", [TARGETS["low rank"], TARGETS["full mixture"]], ids=["low rank", "full mixture"])
@@ -322,3 +325,10 @@ BAD = {
 def test_laws_that_are_none_are_refused(make):
     with pytest.raises(ValueError, match=r"\w{3,}"):
         make()
+
+
+def test_a_low_rank_fit_that_leaves_only_rounding_outside_is_refused():
+    flat = draw(1, 50, 3) @ draw(2, 3, 8)  # on a subspace of 3 dimensions
+    with pytest.raises(ValueError, match="rank=3 leaves no variance"):
+        targets.Gaussian.fit(flat, "low_rank", rank=3)
+    assert torch.isfinite(targets.Gaussian.fit(flat, "low_rank", rank=2).log_prob(flat)).all()

@@ -139,7 +139,8 @@ class SDE(ABC):
 
         Args:
             shape: (B, *event).
-            generator: Source of the draws. None: a fresh one seeded with 0 (the global generator is never used).
+            generator: Source of the draws. None: a fresh one seeded with 0, so that *every call returns the same*
+                (the global generator is never used).
             dtype: Default: torch's default.
             device: Default: the generator's, else the CPU.
         """
