@@ -138,11 +138,13 @@ class FixedGrid(Controller):
 
 
 class NatsState(NamedTuple):
-    """(B,) next step length; (B,) nats spent; (B,) int64 evaluations so far."""
+    """(B,) next step length; (B,) nats spent; (B,) int64 evaluations, rejected steps, and evaluations over the cap."""
 
     step: Tensor
     spent: Tensor
     calls: Tensor
+    rejected: Tensor
+    over: Tensor
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,10 @@ class Nats(Controller):
 
     Args:
         tolerance: Nats per sample, > 0.
-        cap: Evaluations after which the demand is relaxed, by 4 every 64, so that every solve ends. Costs then count
-            three times (coarse steps over kinks are worse than they look); such samples are marked LOOSE. Points
-            between the components of a 64-D mixture need up to 1,100 at 1e-2 nats.
+        cap: Evaluations after which the demand on a rough path (16 steps rejected: kinks, rounding) is relaxed, by 4
+            every 64, so that every solve ends. Costs then count three times (coarse steps over kinks are worse than
+            they look); such samples are marked LOOSE. A smooth path, which no step size but the right one gets
+            through, has 8 times the cap: points between components of a 64-D mixture need up to 3,300.
         growth: A step is at most this times the one before it: what was resolved says little of twice the distance.
         ceiling: Largest step, in s: coarse tolerances would miss structure without it.
         doubt: Costs count 1 + min(1.5, doubt * tolerance) times: on coarse steps the estimate is low, by up to 2.3 on
@@ -165,13 +168,15 @@ class Nats(Controller):
     """
 
     tolerance: float = 1e-2
-    cap: int = 2048
+    cap: int = 512
     growth: float = 1.5
     ceiling: float = 1.0 / 20.0
     doubt: float = 20.0
 
     _FLOOR = 1e-5  # smallest step, in s
     _MOST_DOUBT = 1.5
+    _ROUGH = 16  # rejected steps; no smooth path measured had more than 7, one over kinks has hundreds
+    _PATIENCE = 8  # how many times the cap a smooth path has
     _RELAX_EVERY = 64  # evaluations, beyond the cap
     _STEPS = 40.0  # steps among which the tolerance is shared
     _RAMP = 0.01  # how much of the low-order estimate counts while a multistep method starts up ...
@@ -186,7 +191,8 @@ class Nats(Controller):
 
     def start(self, term: Term, s0: Tensor, s_end: Tensor) -> NatsState:
         first = min(1.0, (self.tolerance / 0.1) ** 0.25) / 80.0
-        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), torch.zeros_like(s0, dtype=torch.int64))
+        none = torch.zeros_like(s0, dtype=torch.int64)
+        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), none, none, none)
 
     def target(self, s: Tensor, s_end: Tensor, state: NatsState) -> Tensor:
         rest = s_end - s
@@ -198,12 +204,14 @@ class Nats(Controller):
     ) -> Verdict:
         length = step.s1 - step.s0
         calls = state.calls + solver.evaluations
+        beyond = calls > torch.where(state.rejected >= self._ROUGH, self.cap, self._PATIENCE * self.cap)
+        over = state.over + solver.evaluations * beyond
         cost = term.nats(proposal.error, proposal.aux) * (1.0 + min(self._MOST_DOUBT, self.doubt * self.tolerance))
         allowed = torch.maximum(self.tolerance - state.spent, torch.full_like(cost, 0.1 * self.tolerance))
         share = (length / (s_end - step.s0)).clamp(max=1.0)
         ratio = cost / (allowed * (share / self._STEPS).sqrt())
         ratio = ratio * torch.where(proposal.settled, 1.0, self._RAMP)
-        ratio = ratio * torch.exp(-math.log(4.0) * ((calls - self.cap).clamp(min=0) // self._RELAX_EVERY).double())
+        ratio = ratio * torch.exp(-math.log(4.0) * (over // self._RELAX_EVERY).double())
         finite = torch.isfinite(ratio) & step.finite
         at_floor = length <= self._FLOOR
         accept = finite & ((ratio <= 2.0) | at_floor)
@@ -211,9 +219,10 @@ class Nats(Controller):
         factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)
         factor = torch.where(accept, factor.clamp(0.3, self.growth), factor.clamp(0.1, 0.7))
         following = on_lattice(length * factor).clamp(self._FLOOR, self.ceiling)
-        booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT) * torch.where(calls > self.cap, 3.0, 1.0)
+        booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT) * torch.where(beyond, 3.0, 1.0)
         spent = torch.where(accept, state.spent + booked, state.spent)
-        return Verdict(accept, NatsState(following, spent, calls), ~finite & at_floor)
+        rejected = state.rejected + ~accept
+        return Verdict(accept, NatsState(following, spent, calls, rejected, over), ~finite & at_floor)
 
     def spent(self, state: NatsState) -> Tensor:
         return state.spent
