@@ -51,20 +51,26 @@ def on_lattice_below(step, wanted):
     return just_below and abs(place - round(place)) < 1e-6
 
 
-def nats_by_hand(controller, cost, length, rest, spent, calls, settled):
+def state_of(step, spent=0.0, calls=0, rejected=0, over=0):
+    return NatsState(times(step), times(spent), *(torch.tensor([count]) for count in (calls, rejected, over)))
+
+
+def nats_by_hand(controller, cost, length, rest, spent, calls, rejected, over, settled):
     """The rules of `Nats` on plain numbers: (accept, next step before the lattice, spent)."""
+    beyond = calls > (controller.cap if rejected >= 16 else 8 * controller.cap)
     cost = cost * (1.0 + min(1.5, controller.doubt * controller.tolerance))
     ratio = cost / (
         max(controller.tolerance - spent, 0.1 * controller.tolerance) * math.sqrt(min(1.0, length / rest) / 40.0)
     )
     if not settled:
         ratio *= 0.01
-    ratio /= 4.0 ** (max(0, calls - controller.cap) // 64)
+    ratio /= 4.0 ** ((over + beyond) // 64)
     accept = ratio <= 2.0 or length <= 1e-5
     factor = 0.8 * ratio ** (-1.0 / 4.5) if ratio > 0 else math.inf
     factor = min(max(factor, 0.3), controller.growth) if accept else min(max(factor, 0.1), 0.7)
     following = min(max(length * factor, 1e-5), controller.ceiling)
-    return accept, following, spent + (cost if settled else 0.1 * cost) if accept else spent
+    booked = cost * (1.0 if settled else 0.1) * (3.0 if beyond else 1.0)
+    return accept, following, spent + booked if accept else spent
 
 
 @given(
@@ -73,17 +79,19 @@ def nats_by_hand(controller, cost, length, rest, spent, calls, settled):
     length=st.floats(2e-5, 0.05),
     rest=st.floats(0.05, 1.0),
     share=st.floats(0.0, 2.0),
-    calls=st.integers(0, 900),
+    calls=st.one_of(st.integers(0, 900), st.integers(4000, 5000)),
+    rejected=st.integers(0, 40),
+    over=st.integers(0, 400),
     settled=st.booleans(),
 )
-def test_nats_follows_its_formulas(tolerance, cost, length, rest, share, calls, settled):
+def test_nats_follows_its_formulas(tolerance, cost, length, rest, share, calls, rejected, over, settled):
     controller = sdekit.Nats(tolerance)
-    state = NatsState(times(length), times(share * tolerance), torch.tensor([calls]))
+    state = state_of(length, share * tolerance, calls, rejected, over)
     s0 = 1.0 - rest
     verdict = judged(controller, cost, s0, s0 + length, 1.0, state, settled)
     # Close to the threshold rounding decides.
     accept, following, spent = nats_by_hand(
-        controller, cost, (s0 + length) - s0, 1.0 - s0, share * tolerance, calls + 1, settled
+        controller, cost, (s0 + length) - s0, 1.0 - s0, share * tolerance, calls + 1, rejected, over, settled
     )
     assert bool(verdict.accept) == accept
     step = float(verdict.state.step)
@@ -96,25 +104,25 @@ def test_nats_follows_its_formulas(tolerance, cost, length, rest, share, calls, 
     assert not bool(verdict.failed)
 
 
-def fresh(tolerance, spent=0.0, calls=0):
-    return NatsState(times(0.01), times(spent), torch.tensor([calls]))
+def fresh(**counts):
+    return state_of(0.01, **counts)
 
 
 def test_nats_accepts_up_to_twice_a_steps_share():
     controller = sdekit.Nats(1e-3, doubt=0.0)
     share = 1e-3 * math.sqrt(0.01 / 40.0)
-    assert bool(judged(controller, 1.99 * share, 0.0, 0.01, 1.0, fresh(1e-3)).accept)
-    assert not bool(judged(controller, 2.01 * share, 0.0, 0.01, 1.0, fresh(1e-3)).accept)
+    assert bool(judged(controller, 1.99 * share, 0.0, 0.01, 1.0, fresh()).accept)
+    assert not bool(judged(controller, 2.01 * share, 0.0, 0.01, 1.0, fresh()).accept)
 
 
 def test_nats_at_its_floor_accepts_what_is_finite_and_fails_what_is_not():
     controller = sdekit.Nats(1e-3)
-    assert bool(judged(controller, 1e3, 0.5, 0.50001, 1.0, fresh(1e-3)).accept)
+    assert bool(judged(controller, 1e3, 0.5, 0.50001, 1.0, fresh()).accept)
     for cost, finite in ((math.nan, True), (1e-9, False), (math.inf, True)):
-        at_floor = judged(controller, cost, 0.5, 0.50001, 1.0, fresh(1e-3), finite=finite)
+        at_floor = judged(controller, cost, 0.5, 0.50001, 1.0, fresh(), finite=finite)
         assert not bool(at_floor.accept)
         assert bool(at_floor.failed)
-        above = judged(controller, cost, 0.5, 0.51, 1.0, fresh(1e-3), finite=finite)
+        above = judged(controller, cost, 0.5, 0.51, 1.0, fresh(), finite=finite)
         assert not bool(above.accept)
         assert not bool(above.failed)
         assert on_lattice_below(float(above.state.step), 0.001)  # 0.1 of it, and no NaN
@@ -124,23 +132,35 @@ def test_nats_at_its_floor_accepts_what_is_finite_and_fails_what_is_not():
 def test_beyond_its_cap_nats_asks_less_and_less():
     controller = sdekit.Nats(1e-3, cap=100, doubt=0.0)
     cost = 1e-3 * math.sqrt(0.01 / 40.0) * 2.0 * 4.0**3 * 0.99
-    assert not bool(judged(controller, cost, 0.0, 0.01, 1.0, fresh(1e-3, calls=100 + 3 * 64 - 2)).accept)
-    assert bool(judged(controller, cost, 0.0, 0.01, 1.0, fresh(1e-3, calls=100 + 3 * 64 - 1)).accept)
+    for calls, rejected in ((500, 16), (900, 0)):
+        early, late = (fresh(calls=calls, rejected=rejected, over=over) for over in (3 * 64 - 2, 3 * 64 - 1))
+        assert not bool(judged(controller, cost, 0.0, 0.01, 1.0, early).accept)
+        assert bool(judged(controller, cost, 0.0, 0.01, 1.0, late).accept)
+
+
+def test_a_rough_path_is_over_the_cap_eight_times_earlier_than_a_smooth_one():
+    controller = sdekit.Nats(1e-3, cap=100, doubt=0.0)
+    for calls, rejected, over in ((99, 16, 0), (100, 16, 1), (100, 15, 0), (799, 0, 0), (800, 0, 1)):
+        found = judged(controller, 1e-12, 0.0, 0.01, 1.0, fresh(calls=calls, rejected=rejected))
+        assert int(found.state.over) == over
+        assert float(found.state.spent) == pytest.approx(1e-12 * (3.0 if over else 1.0))
+    refused = judged(controller, 1.0, 0.0, 0.01, 1.0, fresh(rejected=3))
+    assert int(refused.state.rejected) == 4
 
 
 def test_while_a_method_starts_up_a_hundredth_counts_and_a_tenth_is_booked():
     controller = sdekit.Nats(1e-3, doubt=0.0)
     cost = 1e-3 * math.sqrt(0.01 / 40.0) * 199.0
-    ramp = judged(controller, cost, 0.0, 0.01, 1.0, fresh(1e-3), settled=False)
+    ramp = judged(controller, cost, 0.0, 0.01, 1.0, fresh(), settled=False)
     assert bool(ramp.accept)
     assert float(ramp.state.spent) == pytest.approx(0.1 * cost)
-    assert not bool(judged(controller, cost, 0.0, 0.01, 1.0, fresh(1e-3)).accept)
+    assert not bool(judged(controller, cost, 0.0, 0.01, 1.0, fresh()).accept)
 
 
 def test_nats_doubts_its_estimate_where_the_tolerance_is_coarse():
     for tolerance in (1e-4, 1e-2, 1.0):
         controller = sdekit.Nats(tolerance)
-        verdict = judged(controller, 1e-9, 0.0, 0.01, 1.0, fresh(tolerance))
+        verdict = judged(controller, 1e-9, 0.0, 0.01, 1.0, fresh())
         assert float(verdict.state.spent) == pytest.approx(1e-9 * (1.0 + min(1.5, 20.0 * tolerance)))
 
 
@@ -149,7 +169,7 @@ def test_nats_doubts_its_estimate_where_the_tolerance_is_coarse():
 )
 def test_nats_and_pid_never_leave_a_sliver_at_the_end(step, rest, goes):
     # All of what remains, or half of it, or the step: at the end exactly, not to rounding.
-    state = NatsState(times(step), times(0.0), torch.tensor([0]))
+    state = state_of(step)
     end = 1.0
     start = end - rest
     target = sdekit.Nats().target(times(start), times(end), state)
