@@ -32,6 +32,8 @@ class Stream(IntEnum):
     CONTROL = 2
     BROWNIAN = 3
     PRIOR = 4
+    LEVY = 5
+    CHAIN = 6
 
 
 def _shift(word: Tensor, by: int) -> Tensor:
@@ -85,6 +87,11 @@ def normal(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tens
     radius = (-2.0 * drawn[:, :pairs].log()).sqrt()
     angle = 2.0 * math.pi * drawn[:, pairs:]
     return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :size].to(dtype)
+
+
+def uniform(keys: Tensor, counter: Tensor) -> Tensor:
+    """(B,) float64 uniform on (0, 1]."""
+    return (_shift(words(keys, counter, 1)[:, 0], 11).double() + 1.0) * _TWO_53
 
 
 def sphere(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Paths of the driving noise, keyed per sample.
 
-A path gives each sample the same increments in any batch and on any machine: they are functions of (seed, sample index,
-number of the accepted step).
+A path gives each sample the same increments in any batch and on any machine: they are functions of (seed, sample index)
+and of where they are asked, never of what was asked before.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from . import _random
 from ._random import Stream
 from ._tensor import column
 
+_LANES = 16  # independent draws within one accepted step
+
 
 class BrownianPath(Protocol):
-    """The increments of one fixed path a sample.
+    """One fixed path a sample, and draws besides that are no part of it.
+
+    A step is numbered by how many steps of the sample were accepted before it; several draws within one step differ by
+    their `lane`, 0 <= lane < 16.
 
     Attributes:
         refinable: Whether an interval can be divided later and still be the same path. Without that a rejected step
@@ -26,8 +31,20 @@ class BrownianPath(Protocol):
 
     refinable: bool
 
-    def increment(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor) -> Tensor:
-        """W(s1) - W(s0), the shape and dtype of `like` (B, *event); `step` (B,) numbers the accepted steps."""
+    def increment(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
+        """W(s1) - W(s0), the shape and dtype of `like` (B, *event); s0, s1 and step are (B,)."""
+        ...
+
+    def levy(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """W(s1) - W(s0), and H with int_{s0}^{s1} (W(s) - W(s0)) ds = (s1 - s0) (W/2 + H); each like `like`."""
+        ...
+
+    def normal(self, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
+        """Standard normals like `like` that no path depends on, for correctors and churn."""
+        ...
+
+    def uniform(self, step: Tensor, lane: int = 0) -> Tensor:
+        """(B,) float64, uniform on (0, 1], that no path depends on: for acceptance tests."""
         ...
 
     def take(self, rows: Tensor) -> BrownianPath:
@@ -39,7 +56,32 @@ class BrownianPath(Protocol):
         ...
 
 
-class IndependentIncrements:
+class Draws:
+    """What every path draws besides itself, keyed by (seed, index, step, lane).
+
+    Args:
+        seed: 0 <= seed < 2^63.
+        indices: (B,) int64 global sample numbers.
+    """
+
+    def __init__(self, seed: int, indices: Tensor) -> None:
+        self.seed = seed
+        self.indices = indices
+        self._chain = _random.sample_keys(seed, Stream.CHAIN, indices)
+
+    def normal(self, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
+        """Standard normals like `like` that no path depends on, for correctors and churn."""
+        return _normal(self._chain, step * _LANES + lane, like).to(like.dtype)
+
+    def uniform(self, step: Tensor, lane: int = 0) -> Tensor:
+        """(B,) float64, uniform on (0, 1], that no path depends on: for acceptance tests."""
+        return _random.uniform(self._chain, step * _LANES + lane)
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+
+class IndependentIncrements(Draws):
     """Increments drawn step by step: all that a fixed grid needs.
 
     Args:
@@ -50,16 +92,23 @@ class IndependentIncrements:
     refinable = False
 
     def __init__(self, seed: int, indices: Tensor) -> None:
-        self.seed = seed
-        self.indices = indices
+        super().__init__(seed, indices)
+        self._keys = _random.sample_keys(seed, Stream.BROWNIAN, indices)
+        self._areas = _random.sample_keys(seed, Stream.LEVY, indices)
 
-    def increment(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor) -> Tensor:
-        keys = _random.sample_keys(self.seed, Stream.BROWNIAN, self.indices)
-        drawn = _random.normal(keys, step, like.shape[1:].numel(), torch.float64)
-        return (column((s1 - s0).abs().sqrt(), drawn) * drawn).reshape(like.shape).to(like.dtype)
+    def increment(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
+        drawn = _normal(self._keys, step * _LANES + lane, like)
+        return (column((s1 - s0).abs().sqrt(), drawn) * drawn).to(like.dtype)
+
+    def levy(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = _normal(self._areas, step * _LANES, like)
+        area = column(((s1 - s0).abs() / 12.0).sqrt(), drawn) * drawn
+        return self.increment(s0, s1, step, like), area.to(like.dtype)
 
     def take(self, rows: Tensor) -> IndependentIncrements:
         return IndependentIncrements(self.seed, self.indices[rows])
 
-    def __len__(self) -> int:
-        return self.indices.shape[0]
+
+def _normal(keys: Tensor, counter: Tensor, like: Tensor) -> Tensor:
+    """Standard normals, float64, in the shape of `like`."""
+    return _random.normal(keys, counter, like.shape[1:].numel(), torch.float64).reshape(like.shape)

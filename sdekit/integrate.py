@@ -78,23 +78,21 @@ def advance(problem: Problem, carry: Carry) -> Carry:
     running = carry.status == Status.RUNNING
     ready = solver.ready(carry.memory)
     s1 = torch.where(running, controller.target(carry.s, s_end, carry.control), carry.s)
-    if ready is not None:
-        s1 = torch.where(ready, s1, carry.s)
     proposal = solver.propose(term, carry.s, s1, carry.z, carry.memory, path)
     finite = all_finite(proposal.z)
     verdict = controller.judge(term, solver, proposal, Step(carry.s, s1, carry.z, finite), s_end, carry.control)
-    accept, failed, judged = verdict.accept, verdict.failed, running
+    accept, failed, judged, reached = verdict.accept, verdict.failed, running, s1
     if ready is not None:  # a start in place is not a step: nothing to judge but whether it is finite
         accept, failed = torch.where(ready, accept, finite), torch.where(ready, failed, ~finite)
-        judged = running & ready
+        judged, reached = running & ready, torch.where(ready, s1, carry.s)
     accept, failed = accept & running, failed & running
     evaluations = carry.evaluations + running * solver.evaluations
-    status = torch.where(accept & (s1 == s_end), int(Status.DONE), carry.status)
+    status = torch.where(accept & (reached == s_end), int(Status.DONE), carry.status)
     failure = torch.where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
     status = torch.where(failed, failure, status)
     spent = (status == Status.RUNNING) & (evaluations + solver.evaluations > budget)
     return Carry(
-        torch.where(accept, s1, carry.s),
+        torch.where(accept, reached, carry.s),
         select(accept, proposal.z, carry.z),
         select(accept, proposal.memory, carry.memory),
         select(judged, verdict.state, carry.control),
@@ -220,7 +218,7 @@ def integrate(
         reached = term.time(carry.s)
         x = x0 if batch_of(carry.z).shape[0] == 0 else term.leave(carry.z, carry.s).to(x0.dtype)
     stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls)
-    solution = Solution(x, reached, carry.status, stats)
+    solution = Solution(x, reached, carry.status, stats, solver.report(carry.memory))
     finish(solution, outcome, reached, f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end", numbers, throw)
     return solution
 

@@ -67,12 +67,14 @@ class Solution(NamedTuple):
         t: (B,) float64 the time reached.
         status: (B,) int64 of `Status`.
         stats: What it cost.
+        report: What the solver has to say besides, by name, (B,) each: acceptance rates of correctors, for example.
     """
 
     x: Tensor
     t: Tensor
     status: Tensor
     stats: Stats
+    report: dict[str, Tensor]
 
 
 class LogLikelihood(NamedTuple):

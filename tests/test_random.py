@@ -102,12 +102,12 @@ def test_another_seed_stream_sample_or_counter_gives_other_numbers(seed, index, 
 
 
 def test_no_two_of_many_words_are_equal():
-    # 2^20 words of four streams: a collision among independent words has probability 3e-8.
+    # 1.6 million words of six streams: a collision among independent words has probability 7e-8.
     words = [
         _random.words(_random.sample_keys(1, stream, torch.arange(512)), torch.zeros(512, dtype=torch.int64), 512)
         for stream in Stream
     ]
-    assert torch.cat(words).flatten().unique().numel() == 4 * 512 * 512
+    assert torch.cat(words).flatten().unique().numel() == len(Stream) * 512 * 512
 
 
 def z_scores(values, mean, std, axis):
@@ -220,3 +220,12 @@ def test_known_answers_do_not_change():
         -1915720388033763014,
         -8637048188792571477,
     ]
+
+
+def test_uniforms_are_uniform():
+    keys = _random.sample_keys(3, Stream.CHAIN, torch.arange(40_000))
+    drawn = _random.uniform(keys, torch.zeros(40_000, dtype=torch.int64))
+    assert 0.0 < float(drawn.min()) and float(drawn.max()) <= 1.0
+    for power in (1, 2, 3):  # |z| < 6: false alarm 6e-9
+        std = math.sqrt(1 / (2 * power + 1) - 1 / (power + 1) ** 2)
+        assert abs(float(drawn.pow(power).mean()) - 1 / (power + 1)) < 6.0 * std / math.sqrt(40_000)

@@ -119,6 +119,7 @@ class Adams(Solver):
     def propose(
         self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Memory, path: BrownianPath | None
     ) -> Proposal:
+        s1 = torch.where(memory.entered > 0, s1, s0)  # the first advance evaluates in place
         depth = self.error_order
         held = memory.entered.clamp(max=depth)
         places = torch.arange(depth + 1, device=s0.device)

@@ -1,12 +1,13 @@
 """What a solver is: a frozen value that proposes one step for every sample.
 
     init(term, z) -> memory                            no network call
-    ready(memory) -> (B,) bool                         False: the sample's next advance fills the memory at s, in place
+    ready(memory) -> (B,) bool                         False: the sample's next advance fills the memory, in place
     propose(term, s0, s1, z, memory, path) -> Proposal
+    report(memory) -> dict                             what a finished solve has to say besides, (B,) tensors
 
-Memory is state of (B, ...) tensors, committed only where the step is accepted. The first advance of a sample is an
-ordinary one of length zero if its memory needs an evaluation to start with, so a refilled slot or a captured graph
-needs no second code path.
+Memory is state of (B, ...) tensors, committed only where the step is accepted. Advances that fill the memory before
+the first step are ordinary ones that leave the state where it is: `propose` is told where the step will end, and
+returns z. So a refilled slot or a captured graph needs no second code path.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class Solver(ABC):
     def ready(self, memory: Any) -> Tensor | None:
         """(B,) whether the next advance may move; None: always."""
         return None
+
+    def report(self, memory: Any) -> dict[str, Tensor]:
+        """What a finished solve has to say besides, by name, (B,) each: acceptance rates and the like."""
+        return {}
 
     @abstractmethod
     def propose(self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Any, path: BrownianPath | None) -> Proposal:

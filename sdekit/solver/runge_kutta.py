@@ -60,10 +60,12 @@ class RungeKutta(Solver):
     def propose(
         self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Memory, path: BrownianPath | None
     ) -> Proposal:
-        tab, h = self.tableau, s1 - s0
+        tab = self.tableau
         slopes, aux = [], None
         if tab.first_same_as_last:
+            s1 = torch.where(memory.entered > 0, s1, s0)  # the first advance evaluates in place
             slopes.append(memory.slope)
+        h = s1 - s0
         for i in range(len(slopes), tab.stages):
             s = s1 if tab.c[i] == 1 else s0 + float(tab.c[i]) * h
             slope, aux = term.evaluate(s, _combine(z, h, tab.a[i], slopes), memory.entered)
