@@ -75,4 +75,5 @@ def test_a_sample_draws_the_same_in_any_batch(ask):
     for rows in (torch.tensor([2]), torch.tensor([2, 0])):
         assert torch.equal(drawn(rows, torch.tensor([10, 20, 30])[rows]), whole[rows])
     kept = sdekit.IndependentIncrements(5, torch.tensor([10, 20, 30])).take(torch.tensor([1]))
-    assert len(kept) == 1 and kept.indices.tolist() == [20]
+    assert len(kept) == 1
+    assert kept.indices.tolist() == [20]
