@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from .common import HERE, RESULTS
 
-ORDER = ("likelihood_exact", "likelihood_learned", "probes", "solver_error", "control_variants", "invariance", "overhead")
+ORDER = (
+    "likelihood_exact",
+    "likelihood_learned",
+    "probes",
+    "solver_error",
+    "control_variants",
+    "invariance",
+    "overhead",
+)
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 
 
