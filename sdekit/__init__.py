@@ -38,20 +38,28 @@ from .sampling import decode, encode, sample
 from .sde import SDE, VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
 from .solution import LogLikelihood, Solution, Stats, Status
 from .solver import (
+    DDIM,
+    DEIS,
     RK4,
+    SEEDS,
     Adams,
     BogackiShampine,
     Dopri5,
     Dopri8,
+    DPMSolver,
     DPMSolverPP,
     Euler,
     EulerMaruyama,
     Heun,
     Midpoint,
     RungeKutta,
+    SASolver,
+    SDEDPMSolver,
+    SDEDPMSolverPP,
     Solver,
     Tableau,
     Tsit5,
+    UniPC,
 )
 from .terms import ProbabilityFlow, ReverseSDE, Term
 from .units import Affine
@@ -59,9 +67,12 @@ from .units import Affine
 __version__ = "0.1.0"
 
 __all__ = [
+    "DDIM",
+    "DEIS",
     "PID",
     "RK4",
     "SDE",
+    "SEEDS",
     "VESDE",
     "VPSDE",
     "Adams",
@@ -70,6 +81,7 @@ __all__ = [
     "BrownianPath",
     "Controller",
     "CosineVPSDE",
+    "DPMSolver",
     "DPMSolverPP",
     "Divergence",
     "Dopri5",
@@ -94,6 +106,9 @@ __all__ = [
     "RectifiedFlow",
     "ReverseSDE",
     "RungeKutta",
+    "SASolver",
+    "SDEDPMSolver",
+    "SDEDPMSolverPP",
     "ScoreModel",
     "SdekitError",
     "SdekitWarning",
@@ -111,6 +126,7 @@ __all__ = [
     "TimeLabel",
     "ToleranceWarning",
     "Tsit5",
+    "UniPC",
     "__version__",
     "data",
     "decode",

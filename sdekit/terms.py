@@ -154,7 +154,8 @@ class ReverseSDE(Term):
         """(-t_max, -t_min): where s starts and ends, increasing, for torchsde."""
         return -self.model.sde.t_max, -self.model.sde.t_min
 
-    def _level(self, t: Tensor) -> Tensor:
+    def level(self, t: Tensor) -> Tensor:
+        """(B,) float64 eta at time t (B,)."""
         return as_time(self.eta(t)) if callable(self.eta) else torch.full_like(t, self.eta)
 
     def drift(self, s: Tensor, x: Tensor) -> Tensor:
@@ -162,14 +163,14 @@ class ReverseSDE(Term):
         t, sde = self.time(s), self.model.sde
         # f x - (1 + eta^2)/2 g^2 score as a x0 + b eps; score = -eps/sigma and x = alpha x0 + sigma eps.
         rate, alpha, sigma = sde.dlog_alpha(t), sde.alpha(t), sde.sigma(t)
-        pull = 0.5 * (1.0 + self._level(t).square()) * -2.0 * sde.dhalf_log_snr(t) * sigma
+        pull = 0.5 * (1.0 + self.level(t).square()) * -2.0 * sde.dhalf_log_snr(t) * sigma
         mix = Mix(rate * alpha, rate * sigma + pull)
         return -self.model.as_mix(x, t, self.model.output(x, t), mix)
 
     def noise_scale(self, s: Tensor) -> Tensor:
         """(B,) float64 eta g, what multiplies dw at s (B,)."""
         t = self.time(s)
-        return self._level(t) * self.model.sde.diffusion(t)
+        return self.level(t) * self.model.sde.diffusion(t)
 
     def f(self, s: Tensor | float, x: Tensor) -> Tensor:
         """The drift at s (a number), as torchsde asks for it; `x` is (B, D)."""
