@@ -38,6 +38,7 @@ ORDER = [
     "likelihood_flow",
     "brownian",
     "solver.base",
+    "solver.start",
     "solver.tableau",
     "solver.runge_kutta",
     "solver.adams",

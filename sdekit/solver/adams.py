@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ..ledger import Ledger, open_ledger, post, settle
 from ..likelihood_flow import LikelihoodFlow
 from ..terms import Term
 from .base import Proposal, Solver, batch_of, counters, refuse_noise
+from .start import CORRECTED, Start, held, instead, shares, where
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
@@ -83,11 +84,20 @@ class Adams(Solver):
 
     Args:
         order: Of the solution, 2 to 7; it remembers order - 1 nodes. The default is the "Adams 4(5)" of the likelihood.
+        start: "ramp": the order ramps up from 2 as nodes come in, without an evaluation more: for controlled steps,
+            which begin short; on a fixed grid the whole is then of order 3 at most. "inside": orders 4 and 5 begin
+            inside of the first step (2 and 5 evaluations more) and keep their order on a fixed grid; not with fresh
+            probes.
     """
 
     order: int = 5
+    start: Literal["ramp", "inside"] = "ramp"
 
     def __post_init__(self) -> None:
+        if self.start not in ("ramp", "inside"):
+            raise ValueError(f"start={self.start!r}; 'ramp' or 'inside' is needed.")
+        if self.start == "inside" and self.order > max(CORRECTED) + 1:
+            raise ValueError(f"order={self.order!r} with start='inside'; at most {max(CORRECTED) + 1} is possible.")
         if isinstance(self.order, bool) or not isinstance(self.order, int) or not 2 <= self.order <= _MAX_ORDER:
             raise ValueError(f"order={self.order!r}; an int from 2 to {_MAX_ORDER} is needed.")
 
@@ -110,20 +120,26 @@ class Adams(Solver):
         slopes = tree_map(lambda part: part.new_zeros((part.shape[0], self.error_order, *part.shape[1:])), z)
         ledger = None
         if isinstance(term, LikelihoodFlow) and term.fresh:
+            if self.start == "inside":
+                raise ValueError("start='inside' with fresh probes; pass Hutchinson(fresh=False), or start='ramp'.")
             ledger = open_ledger(leaf.shape[0], leaf.shape[1], self.error_order, leaf.dtype, leaf.device)
         return Memory(count, nodes, slopes, ledger)
 
     def ready(self, memory: Memory) -> Tensor:
-        return memory.entered > 0
+        return memory.entered >= len(self._beginning)
+
+    @property
+    def _beginning(self) -> Start:
+        return CORRECTED[self.error_order if self.start == "inside" else 1]
 
     def propose(
         self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Memory, path: BrownianPath | None
     ) -> Proposal:
-        s1 = torch.where(memory.entered > 0, s1, s0)  # the first advance evaluates in place
-        depth = self.error_order
-        held = memory.entered.clamp(max=depth)
-        places = torch.arange(depth + 1, device=s0.device)
-        valid = places[1:] <= held[:, None]
+        start, depth = self._beginning, self.error_order
+        begun = memory.entered >= len(start)
+        s1 = torch.where(begun, s1, s0 + shares(start, memory.entered) * (s1 - s0))
+        valid = held(start, memory.entered, depth)
+        count = valid.sum(1)
         nodes = torch.cat((s1[:, None], memory.nodes), 1)
         known = torch.cat((torch.ones_like(valid[:, :1]), valid), 1)
         # Both interpolations at once: the predictor's nodes are the corrector's moved up by one, its last one void.
@@ -136,17 +152,19 @@ class Adams(Solver):
         predicted = tree_map(lambda state, past: state + _weighted(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
         correct = forward.sum(1)
-        last = torch.take_along_dim(forward, held[:, None, None].expand(-1, 1, depth + 1), 1)[:, 0]
+        last = torch.take_along_dim(forward, count[:, None, None].expand(-1, 1, depth + 1), 1)[:, 0]
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
         sums = tree_map(lambda past: _weighted(torch.stack((correct, last), 1), past), slopes)
         moved = tree_map(lambda state, total: state + total[:, 0], z, sums)
         error = tree_map(lambda total: total[:, 1], sums)
-        kept = Memory(
-            memory.entered + 1,
-            nodes[:, :depth],
-            tree_map(lambda past: past[:, :depth], slopes),
-            self._book(term, memory, aux.note, correct),
-        )
+        moved = where(begun, moved, z)
+        entered = tree_map(lambda past: past[:, :depth], (nodes, slopes))
+        for turn, (_, place, overwrite) in enumerate(start):
+            if overwrite:
+                now = memory.entered == turn
+                put = tree_map(lambda past, entry, k=place: instead(past, k, entry), memory.slopes, fresh)
+                entered = where(now, (instead(memory.nodes, place, s1), put), entered)
+        kept = Memory(memory.entered + 1, *entered, self._book(term, memory, aux.note, correct))
         return Proposal(moved, error, aux, kept, memory.entered >= depth)
 
     def _book(self, term: Term, memory: Memory, note: Any, weights: Tensor) -> Ledger | None:

@@ -15,9 +15,10 @@ from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
 from .base import Proposal
-from .multistep import STARTS, History, Multistep, Start, empty, require_flow, require_reverse, unit_noise
+from .multistep import Multistep, require_flow, require_reverse, unit_noise
 from .semilinear import Form, Linear, Variable, psi
 from .singlestep import propose_single
+from .start import EXPLICIT, History, Start, empty
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class DPMSolverPP(Multistep):
 
     @property
     def start(self) -> Start:
-        return STARTS[1] if self.compat else super().start
+        return EXPLICIT[1] if self.compat else super().start
 
     @property
     def evaluations(self) -> int:

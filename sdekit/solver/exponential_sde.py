@@ -14,8 +14,9 @@ from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
 from .base import Proposal, Solver, counters
-from .multistep import History, Multistep, empty, require_reverse, unit_noise
+from .multistep import Multistep, require_reverse, unit_noise
 from .semilinear import Form, Linear
+from .start import History, empty
 
 
 @dataclass(frozen=True)

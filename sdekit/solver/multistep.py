@@ -1,21 +1,13 @@
 """Explicit multistep methods on the exact linear part: one evaluation a step, past predictions reused.
 
-Each step evaluates the prediction where it starts and integrates the polynomial through the last `depth` of them. A
-method of order 3 or 4 cannot begin with a step of order 1: that step's error alone would be of order 2. So its first
-advances stay in place and evaluate inside of the first step, each from what is known so far; the memory then holds
-nodes at shares of the step as if they were past ones:
-
-    depth 3   0, 1/2                    errors of the nodes  0, h^2             then a step with error h^3
-    depth 4   0, 1/3, 2/3, 1/3 again                          0, h^2, h^3, h^3   then a step with error h^4
-
-(the last of them is evaluated by the advance that makes the step), one and three evaluations more in all.
+Each step evaluates the prediction where it starts and integrates the polynomial through the last `depth` of them. How a
+method of order 3 or 4 begins is told in start.py.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,69 +15,9 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
-from .base import Proposal, Solver, counters
+from .base import Proposal, Solver
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
-
-# Shares of the first step that are evaluated before it is made, and at which place of the history each is put; a place
-# that is taken is overwritten, else what is there moves on.
-Start = tuple[tuple[float, int, bool], ...]
-STARTS: dict[int, Start] = {
-    1: ((0.0, 0, False),),
-    2: ((0.0, 0, False),),
-    3: ((0.0, 0, False), (1 / 2, 0, False)),
-    4: ((0.0, 0, False), (1 / 3, 0, False), (2 / 3, 0, False), (1 / 3, 1, True)),
-}
-
-
-class History(NamedTuple):
-    """Of each sample: evaluations so far (B,); half log SNR of the last predictions (B, K), newest first; these."""
-
-    entered: Tensor
-    nodes: Tensor
-    past: tuple[Tensor, ...]
-
-
-def empty(z: Tensor, depth: int) -> History:
-    """A history without entries."""
-    count = counters(z)
-    return History(
-        count, torch.zeros(len(z), depth, dtype=torch.float64, device=z.device), (torch.zeros_like(z),) * depth
-    )
-
-
-def shares(start: Start, entered: Tensor) -> Tensor:
-    """(B,) the share of the step at which a sample evaluates next: 0 once it has started."""
-    table = torch.tensor([share for share, _, _ in start] + [0.0], dtype=torch.float64, device=entered.device)
-    return table[entered.clamp(max=len(start))]
-
-
-def held(start: Start, entered: Tensor, depth: int) -> Tensor:
-    """(B, depth) which places of the history are filled after `entered` evaluations."""
-    counts, count = [0], 0
-    for _, _, overwrite in start:
-        count += not overwrite
-        counts.append(count)
-    table = torch.tensor(counts, device=entered.device)
-    last = len(start)
-    filled = table[entered.clamp(max=last)] + (entered - last).clamp(min=0)
-    return torch.arange(depth, device=entered.device) < filled[:, None]
-
-
-def enter(start: Start, history: History, node: Tensor, prediction: Tensor) -> History:
-    """The history with one more prediction: in front, or at the place that the start gives it."""
-    nodes = torch.cat((node[:, None], history.nodes[:, :-1]), 1)
-    past = (prediction, *history.past[:-1])
-    for turn, (_, place, overwrite) in enumerate(start):
-        if not overwrite:
-            continue
-        now = history.entered == turn
-        kept = history.nodes.clone()
-        kept[:, place] = node
-        nodes = torch.where(now[:, None], kept, nodes)
-        rows = column(now, prediction).bool() if prediction.dim() > 1 else now
-        instead = tuple(prediction if k == place else old for k, old in enumerate(history.past))
-        past = tuple(torch.where(rows, a, b) for a, b in zip(instead, past, strict=True))
-    return History(history.entered + 1, nodes, past)
+from .start import EXPLICIT, History, Start, empty, enter, held, shares
 
 
 @dataclass(frozen=True)
@@ -110,7 +42,7 @@ class Multistep(Solver):
     @property
     def start(self) -> Start:
         """How the history is begun."""
-        return STARTS[self.depth]
+        return EXPLICIT[self.depth]
 
     @property
     def order(self) -> int:

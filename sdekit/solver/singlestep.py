@@ -19,8 +19,9 @@ from torch import Tensor
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, Term
 from .base import Proposal, Solver
-from .multistep import History, empty, require_flow
+from .multistep import require_flow
 from .semilinear import Form, Linear, combine, linear, predict, psi
+from .start import History, empty
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Each step predicts with the polynomial through the last predictions, evaluates once at the predicted point, and corrects
 with the polynomial through that evaluation too. The evaluation kept is that at the predicted point, so the corrector's
-order, one above the predictor's, costs no evaluation. A first advance in place evaluates where the solve starts; a
-predictor of three points also begins inside of its first step, as in multistep.py (at 1/2, and there again).
+order, one above the predictor's, costs no evaluation. A first advance in place evaluates where the solve starts; how
+a predictor of three points begins is told in start.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
 from .base import Proposal, Solver
-from .multistep import History, Start, empty, enter, held, require_flow, require_reverse, shares, unit_noise
+from .multistep import require_flow, require_reverse, unit_noise
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
-
-STARTS: dict[int, Start] = {
-    1: ((0.0, 0, False),),
-    2: ((0.0, 0, False),),
-    3: ((0.0, 0, False), (1 / 2, 0, False), (1 / 2, 0, True)),
-}
+from .start import CORRECTED, History, empty, enter, held, shares
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class PredictCorrect(Solver):
         return empty(z, max(self.points, self.corrected))
 
     def ready(self, memory: History) -> Tensor:
-        return memory.entered >= len(STARTS[self.points])
+        return memory.entered >= len(CORRECTED[self.points])
 
     def weigh(self, term: Term, step: Linear, nodes: Tensor, valid: Tensor, correct: bool) -> Tensor:
         """(B, K) weights of the predictions at `nodes` in a step."""
@@ -74,7 +69,7 @@ class PredictCorrect(Solver):
     def propose(
         self, term: Term, s0: Tensor, s1: Tensor, z: Tensor, memory: History, path: BrownianPath | None
     ) -> Proposal:
-        start, sde = STARTS[self.points], term.model.sde
+        start, sde = CORRECTED[self.points], term.model.sde
         begun = memory.entered >= len(start)
         t0, t1 = term.time(s0), term.time(s1)
         step = linear(sde, self.form, t0, t1, level_of(term, t0, t1))

@@ -166,6 +166,32 @@ def test_without_a_graded_start_the_first_step_limits_the_order_to_three():
     assert observed_order(errors)[-1] == pytest.approx(3.0, abs=0.4), errors
 
 
+@pytest.mark.parametrize(("order", "more"), [(2, 0), (3, 0), (4, 2), (5, 5)])
+def test_begun_inside_of_the_first_step_it_keeps_its_order_on_a_plain_grid(order, more):
+    target, errors = gaussian(3), []
+    x = SDE.perturb(draw(1, 2, 3), FIRST, draw(2, 2, 3))
+    term, exact = sdekit.ProbabilityFlow(target.score_model(SDE)), target.flow_map(SDE, x, FIRST, LAST)
+    for n in (48, 96, 192):
+        grid = sdekit.FixedGrid(uneven_times(FIRST, LAST, n))
+        found = sdekit.integrate(term, sdekit.Adams(order, "inside"), grid, x, FIRST, LAST)
+        assert found.stats.evaluations.tolist() == [n + 1 + more] * 2
+        assert found.stats.accepted.tolist() == [n] * 2
+        errors.append(float((found.x - exact).abs().max()))
+    assert order - 0.4 < observed_order(errors)[-1] < order + 0.8, errors
+
+
+def test_what_cannot_begin_inside_is_refused():
+    with pytest.raises(ValueError, match="start='middle'"):
+        sdekit.Adams(4, "middle")
+    with pytest.raises(ValueError, match="order=6 with start='inside'"):
+        sdekit.Adams(6, "inside")
+    model = gaussian(3).score_model(SDE)
+    with pytest.raises(ValueError, match="fresh probes"):
+        sdekit.log_likelihood(
+            model, draw(1, 2, 3), nodes=20, solver=sdekit.Adams(4, "inside"), divergence=sdekit.Hutchinson()
+        )
+
+
 @every_depth
 def test_a_step_of_no_length_goes_nowhere(depth):
     solver, z, s = sdekit.Adams(depth + 1), draw(1, 2, 3), times(0.2, 0.7)

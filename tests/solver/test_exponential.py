@@ -13,7 +13,7 @@ from scipy.integrate import quad
 import sdekit
 from sdekit.sampling import draw_prior
 from sdekit.solver import semilinear
-from sdekit.solver.multistep import STARTS, held
+from sdekit.solver.start import CORRECTED, EXPLICIT, held
 
 every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 
@@ -190,8 +190,9 @@ def test_unipc_with_two_points_and_bh2_predicts_as_the_published_2m():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_the_start_fills_the_history_place_by_place(depth):
-    start = STARTS[depth]
+@pytest.mark.parametrize("starts", [EXPLICIT, CORRECTED])
+def test_the_start_fills_the_history_place_by_place(starts, depth):
+    start = starts[depth]
     filled = [int(held(start, torch.tensor([entered]), depth).sum()) for entered in range(8)]
     expected, count = [0], 0
     for _, _, overwrite in start:
