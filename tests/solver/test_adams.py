@@ -187,9 +187,7 @@ def test_what_cannot_begin_inside_is_refused():
         sdekit.Adams(6, "inside")
     model = gaussian(3).score_model(SDE)
     with pytest.raises(ValueError, match="fresh probes"):
-        sdekit.log_likelihood(
-            model, draw(1, 2, 3), nodes=20, solver=sdekit.Adams(4, "inside"), divergence=sdekit.Hutchinson()
-        )
+        sdekit.log_likelihood(model, draw(1, 2, 3), solver=sdekit.Adams(4, "inside"), divergence=sdekit.Hutchinson())
 
 
 @every_depth
