@@ -18,6 +18,11 @@ def check_method(solver: Solver, controller: Controller, path: BrownianPath | No
             f"{solver} has no error estimate, so {type(controller).__name__} cannot control it: "
             "pass controller=sdekit.FixedGrid(times), or a solver with an embedded estimate."
         )
+    if solver.draws and path is None:
+        raise ValueError(
+            f"path=None; {type(solver).__name__} draws noise: pass path=sdekit.IndependentIncrements(seed, indices), "
+            "or a refinable one."
+        )
     if controller.needs_error and path is not None and not path.refinable:
         raise ValueError(
             f"{type(path).__name__} cannot be refined, and redrawing noise after a rejected step biases the law: "

@@ -21,8 +21,8 @@ from ._tensor import all_finite, put, select, take, working
 from .brownian import BrownianPath
 from .controller import Controller, FixedGrid, Step
 from .errors import NetworkError, PartialResultWarning, SolveError
-from .solution import Solution, Stats, Status, describe
-from .solver.base import Solver, batch_of
+from .solution import Path, Solution, Stats, Status, describe
+from .solver.base import Solver
 from .terms import Term
 
 _COMPACT_SHARE = 0.85  # finished samples leave the batch when fewer than this share still run ...
@@ -54,11 +54,12 @@ class Problem(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When to stop from outside: evaluations a sample, seconds, and whether to show progress."""
+    """When to stop from outside: evaluations a sample, seconds; whether to show progress and to keep the path."""
 
     max_evaluations: int = 10_000
     wall_time: float | None = None
     progress: bool = False
+    keep_path: bool = False
 
 
 def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
@@ -104,17 +105,22 @@ def advance(problem: Problem, carry: Carry) -> Carry:
 
 
 class Outcome(NamedTuple):
-    """The final carry, the number of network calls, and the error that stopped the solve, if one did."""
+    """The final carry, the number of network calls, the error that stopped the solve, if one did, and the path.
+
+    The path is what every advance left: (accepted steps (B,), s (B,), z).
+    """
 
     carry: Carry
     calls: int
     error: NetworkError | None
+    seen: list[tuple[Tensor, Tensor, Any]]
 
 
 def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     """Repeats `advance` until no sample runs, a limit is reached, Ctrl-C is pressed or the network cannot be used."""
     whole, rows = carry, None
     calls, error, stopped = 0, None, None
+    seen = [(carry.accepted, carry.s, carry.z)] if limits.keep_path else []
     began = clock.monotonic()
     start, span = float(carry.s.sum()), float((problem.s_end - carry.s).sum())
     bar = tqdm(total=100.0, disable=not limits.progress, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
@@ -137,8 +143,11 @@ def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
                 )
             carry = advance(problem, carry)
             calls += problem.solver.evaluations
-            if limits.progress:
+            if limits.progress or limits.keep_path:
                 here = carry if rows is None else put(whole, rows, carry)
+            if limits.keep_path:
+                seen.append((here.accepted, here.s, here.z))
+            if limits.progress:
                 bar.update(100.0 * (float(here.s.sum()) - start) / span - bar.n if span else 0.0)
     except NetworkError as caught:
         error = caught
@@ -150,7 +159,22 @@ def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     if stopped is not None:
         left = torch.where(whole.status == Status.RUNNING, int(stopped), whole.status)
         whole = whole._replace(status=left)
-    return Outcome(whole, calls, error)
+    return Outcome(whole, calls, error, seen)
+
+
+def path_of(term: Term, seen: list[tuple[Tensor, Tensor, Any]], x0: Tensor) -> Path:
+    """The states on the way, by the number of accepted steps; those that were not accepted are not seen twice."""
+    last = seen[-1][0]
+    if not last.numel():
+        return Path(seen[-1][1][:, None], x0[:, None])
+    length = int(last.max()) + 1
+    rows = torch.arange(last.shape[0], device=last.device)
+    t = torch.zeros(last.shape[0], length, dtype=torch.float64, device=last.device)
+    x = x0.new_zeros(x0.shape[0], length, *x0.shape[1:])
+    for accepted, s, z in seen:
+        t[rows, accepted], x[rows, accepted] = term.time(s), term.leave(z, s).to(x0.dtype)
+    place = torch.minimum(torch.arange(length, device=last.device), last[:, None])
+    return Path(torch.take_along_dim(t, place, 1), x[rows[:, None], place])
 
 
 def _narrow(problem: Problem, rows: Tensor) -> Problem:
@@ -172,6 +196,7 @@ def integrate(
     wall_time: float | None = None,
     progress: bool = False,
     throw: bool = True,
+    return_path: bool = False,
 ) -> Solution:
     """The state of every sample at `t_end`: the general door to every equation, solver and controller.
 
@@ -190,6 +215,7 @@ def integrate(
         wall_time: Seconds at most; None for no limit.
         progress: Show a progress bar.
         throw: Raise if a sample does not arrive; else read `status`.
+        return_path: Keep the states of all accepted steps, as the solution's `path`.
 
     Returns:
         x, the time reached, status and cost of each sample.
@@ -211,14 +237,15 @@ def integrate(
     s0, s_end = term.coordinate(begin_at), term.coordinate(end_at)
     check_direction(term, controller, s0, s_end)
     problem = Problem(term, solver, controller, s_end, path, max_evaluations)
-    limits = check_limits(max_evaluations, wall_time, progress)
+    limits = check_limits(max_evaluations, wall_time, progress)._replace(keep_path=return_path)
     with torch.inference_mode(False), torch.no_grad():
         outcome = drive(problem, begin(problem, s0, term.enter(working(x0), s0)), limits)
         carry = outcome.carry
         reached = term.time(carry.s)
-        x = x0 if batch_of(carry.z).shape[0] == 0 else term.leave(carry.z, carry.s).to(x0.dtype)
+        x = x0 if x0.shape[0] == 0 else term.leave(carry.z, carry.s).to(x0.dtype)
+        way = path_of(term, outcome.seen, x0) if return_path else None
     stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls)
-    solution = Solution(x, reached, carry.status, stats, solver.report(carry.memory))
+    solution = Solution(x, reached, carry.status, stats, solver.report(carry.memory), way)
     finish(solution, outcome, reached, f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end", numbers, throw)
     return solution
 

@@ -38,7 +38,6 @@ from .model.score_model import ScoreModel
 from .solution import Solution, Status
 from .solver.adams import Adams
 from .solver.base import Solver
-from .solver.exponential import DPMSolverPP
 from .solver.stochastic import EulerMaruyama
 from .terms import ProbabilityFlow, ReverseSDE, Term
 
@@ -55,7 +54,7 @@ def sample(
     solver: Solver | None = None,
     steps: int | None = None,
     controller: Controller | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     denoise: bool = True,
     seed: int = 0,
     indices: Tensor | None = None,
@@ -65,16 +64,18 @@ def sample(
     wall_time: float | None = None,
     progress: bool = False,
     throw: bool = True,
+    return_path: bool = False,
 ) -> Solution:
     """Samples of the model.
 
     Args:
         model: The score model, in eval mode.
         shape: (n, *event).
-        solver: None: Adams (eta = 0) or EulerMaruyama (eta > 0); DPMSolverPP, any Runge-Kutta method, ...
+        solver: None: Adams (eta = 0) or EulerMaruyama (eta > 0); any solver else.
         steps: Of a grid equally spaced in the mixed variable; default 32 (eta = 0) or 200.
         controller: Instead of `steps`: any controller, for example PID().
-        eta: Noise level of the reverse SDE, >= 0; 0 is the probability flow.
+        eta: Noise level of the reverse SDE, >= 0; 0 is the probability flow. None: 0, or what the solver is for (1 for
+            solvers of the reverse SDE, DDIM's own).
         denoise: Return the denoised data at t_min (one evaluation more, counted) instead of x at t_min.
         seed: 0 <= seed < 2^63.
         indices: (n,) global sample numbers that key the noise; default 0..n-1.
@@ -84,6 +85,7 @@ def sample(
         wall_time: Seconds at most; what there is is returned with a warning.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails; else read `status`.
+        return_path: Keep the states of all steps, from t_max to t_min, as the solution's `path`.
 
     Returns:
         A Solution: `x` (n, *event), status and cost per sample.
@@ -95,25 +97,19 @@ def sample(
     sizes = tuple(shape)
     if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
-    if not eta >= 0:
-        raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")
+    level = _level(solver, eta)
     require_seed(seed)
     require_count("max_evaluations", max_evaluations, 1 + int(denoise))
     require_deterministic(model)
     where = _device(model, device)
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
-    chosen = solver if solver is not None else (EulerMaruyama() if eta > 0 else Adams(_SAMPLING_ORDER))
-    term: Term
-    if eta > 0:
-        term = ReverseSDE(model, eta)
-    elif isinstance(chosen, DPMSolverPP):
-        term = ProbabilityFlow(model)
-    else:
-        term = LikelihoodFlow(model, None, start.shape[1:], Hutchinson.keys(seed, numbers))
-    count = steps if steps is not None else (_SDE_STEPS if eta > 0 else _FLOW_STEPS)
+    chosen = solver if solver is not None else (EulerMaruyama() if level > 0 else Adams(_SAMPLING_ORDER))
+    term = _equation(model, chosen, level, start.shape[1:], Hutchinson.keys(seed, numbers))
+    count = steps if steps is not None else (_SDE_STEPS if level > 0 else _FLOW_STEPS)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
-    path = IndependentIncrements(seed, numbers) if eta > 0 else None
+    draws = chosen.draws or isinstance(term, ReverseSDE)
+    path = IndependentIncrements(seed, numbers) if draws else None
     with torch.no_grad():
         solution = integrate(
             *(term, chosen, judge, start, model.sde.t_max, model.sde.t_min, path),
@@ -122,6 +118,7 @@ def sample(
             wall_time=wall_time,
             progress=progress,
             throw=throw,
+            return_path=return_path,
         )
         if not denoise or sizes[0] == 0:
             return solution
@@ -236,6 +233,25 @@ def _controller(model: ScoreModel, controller: Controller | None, steps: int | N
     return FixedGrid(times.flip(0) if forward else times)
 
 
+def _level(solver: Solver | None, eta: float | None) -> float:
+    """The noise level asked for, or that which the solver is for."""
+    if eta is None:
+        own = getattr(solver, "eta", None)
+        return float(own) if own is not None else float(solver is not None and solver.equation == "reverse")
+    if not eta >= 0:
+        raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")
+    return eta
+
+
+def _equation(model: ScoreModel, solver: Solver, level: float, event: torch.Size, keys: Tensor) -> Term:
+    """The equation that the solver integrates at this noise level, in the coordinates it works in."""
+    if level > 0 or solver.equation == "reverse":
+        return ReverseSDE(model, level)
+    if solver.equation == "any":
+        return LikelihoodFlow(model, None, event, keys)
+    return ProbabilityFlow(model)
+
+
 def _transport(
     model: ScoreModel,
     x: Tensor,
@@ -256,9 +272,9 @@ def _transport(
     require_deterministic(model)
     chosen = solver if solver is not None else Adams(_SAMPLING_ORDER if steps is not None else 5)
     numbers = require_indices(None, x.shape[0], x.device)
-    term: Term = LikelihoodFlow(model, None, x.shape[1:], Hutchinson.keys(0, numbers))
-    if isinstance(chosen, DPMSolverPP):
-        term = ProbabilityFlow(model)
+    if chosen.equation == "reverse" or chosen.draws:
+        raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
+    term = _equation(model, chosen, 0.0, x.shape[1:], Hutchinson.keys(0, numbers))
     with torch.no_grad():
         return integrate(
             *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1),

@@ -59,6 +59,18 @@ class Stats(NamedTuple):
     calls: int
 
 
+class Path(NamedTuple):
+    """Where a solve went, the start first; samples that took fewer steps stay at their last.
+
+    Attributes:
+        t: (B, n + 1) float64 times.
+        x: (B, n + 1, *event) states.
+    """
+
+    t: Tensor
+    x: Tensor
+
+
 class Solution(NamedTuple):
     """Where a solve ended.
 
@@ -68,6 +80,7 @@ class Solution(NamedTuple):
         status: (B,) int64 of `Status`.
         stats: What it cost.
         report: What the solver has to say besides, by name, (B,) each: acceptance rates of correctors, for example.
+        path: All states on the way if they were asked for, else None.
     """
 
     x: Tensor
@@ -75,6 +88,7 @@ class Solution(NamedTuple):
     status: Tensor
     stats: Stats
     report: dict[str, Tensor]
+    path: Path | None = None
 
 
 class LogLikelihood(NamedTuple):

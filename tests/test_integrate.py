@@ -317,6 +317,11 @@ def test_equations_and_controllers_that_run_one_way_are_not_run_the_other():
         sdekit.integrate(sdekit.ReverseSDE(MODEL), sdekit.EulerMaruyama(), GRID, data(3), SDE.t_min, SDE.t_max, path)
 
 
+def test_a_solver_that_draws_needs_something_to_draw_from():
+    with pytest.raises(ValueError, match="EulerMaruyama draws noise"):
+        sdekit.integrate(sdekit.ReverseSDE(MODEL), sdekit.EulerMaruyama(), GRID, data(3), SDE.t_max, SDE.t_min)
+
+
 def test_a_path_has_as_many_samples_as_the_batch():
     for count in (1, 2, 4):
         path = sdekit.IndependentIncrements(0, torch.arange(count))

@@ -17,6 +17,8 @@ MODEL = TARGET.score_model(SDES["vp"])
 SOLVERS = {
     "default": {},
     "dpm-solver++": {"solver": sdekit.DPMSolverPP(2), "steps": 20},
+    "unipc": {"solver": sdekit.UniPC(3), "steps": 9},
+    "sde-dpm-solver++": {"solver": sdekit.SDEDPMSolverPP(2), "steps": 9},
     "tsit5": {"solver": sdekit.Tsit5(), "controller": sdekit.PID(1e-4, 1e-4)},
     "heun": {"solver": sdekit.Heun(), "steps": 10},
     "euler-maruyama": {"eta": 1.0, "steps": 15},
@@ -147,6 +149,47 @@ def test_what_stops_the_last_denoising_keeps_the_states():
     assert torch.equal(caught.value.solution.x, raw.x)
 
 
+def test_the_noise_level_is_the_solvers_unless_it_is_given():
+    for solver, eta in (
+        (sdekit.EulerMaruyama(), 1.0),
+        (sdekit.SDEDPMSolverPP(2), 1.0),
+        (sdekit.DDIM(0.6), 0.6),
+        (sdekit.DDIM(), 0.0),
+        (sdekit.SASolver(2, 2), 0.0),
+        (sdekit.Heun(), 0.0),
+    ):
+        told = sdekit.sample(MODEL, (2, 3), solver=solver, steps=5, eta=eta)
+        assert torch.equal(sdekit.sample(MODEL, (2, 3), solver=solver, steps=5).x, told.x)
+    ode = sdekit.sample(MODEL, (2, 3), solver=sdekit.SDEDPMSolverPP(2), steps=5, eta=0.0, dtype=torch.float64)
+    plain = sdekit.sample(MODEL, (2, 3), solver=sdekit.DPMSolverPP(2), steps=5, dtype=torch.float64)
+    torch.testing.assert_close(ode.x, plain.x, rtol=1e-12, atol=1e-13)
+
+
+@every_solver
+def test_the_path_leads_from_the_noise_to_the_sample(options):
+    found = sdekit.sample(MODEL, (4, 3), denoise=False, return_path=True, dtype=torch.float64, **options)
+    assert sdekit.sample(MODEL, (4, 3), denoise=False, dtype=torch.float64, **options).path is None
+    n = int(found.stats.accepted.max())
+    assert found.path.x.shape == (4, n + 1, 3)
+    assert torch.equal(found.path.x[:, -1], found.x)
+    start = sdekit.sampling.draw_prior(MODEL, (4, 3), 0, torch.arange(4), torch.float64)
+    torch.testing.assert_close(found.path.x[:, 0], start, rtol=1e-13, atol=1e-13)
+    assert (found.path.t[:, 0] == MODEL.sde.t_max).all()
+    assert torch.equal(found.path.t[:, -1], found.t)
+    for row, steps in enumerate(found.stats.accepted.tolist()):
+        assert (found.path.t[row, : steps + 1].diff() < 0).all()
+        assert (found.path.t[row, steps:] == found.t[row]).all()
+
+
+def test_an_empty_path_has_a_shape():
+    assert sdekit.sample(MODEL, (0, 3), return_path=True).path.x.shape == (0, 1, 3)
+
+
+def test_encoding_needs_a_solver_without_noise():
+    with pytest.raises(ValueError, match="without noise"):
+        sdekit.encode(MODEL, torch.zeros(2, 3), solver=sdekit.EulerMaruyama(), steps=5)
+
+
 def test_steps_are_steps():
     for options, calls in (
         ({"steps": 9}, 10),  # Adams fills its memory first
@@ -257,7 +300,7 @@ BAD = {
     "indices": (ValueError, "indices.shape", {"indices": torch.arange(3)}),
     "adaptive noise": (ValueError, "FixedGrid", {"eta": 1.0, "controller": sdekit.PID()}),
     "flow solver for noise": (TypeError, "ReverseSDE|ProbabilityFlow", {"eta": 1.0, "solver": sdekit.DPMSolverPP()}),
-    "noise solver for a flow": (TypeError, "integrates a ReverseSDE", {"solver": sdekit.EulerMaruyama()}),
+    "another eta than the solver's": (ValueError, "must agree", {"eta": 0.3, "solver": sdekit.DDIM(0.5)}),
 }
 
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..brownian import BrownianPath
 from ..terms import Aux, ReverseSDE, Term
+
+Equation = Literal["any", "flow", "reverse", "both"]
 
 
 class Proposal(NamedTuple):
@@ -59,6 +61,16 @@ class Solver(ABC):
     @abstractmethod
     def evaluations(self) -> int:
         """Network evaluations of one advance."""
+
+    @property
+    def equation(self) -> Equation:
+        """What it integrates: "any" equation without noise, the ProbabilityFlow ("flow"), a ReverseSDE, or "both"."""
+        return "any"
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs a path to draw from."""
+        return self.equation == "reverse"
 
     @property
     def weighs_nodes(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
-from .base import Proposal
+from .base import Equation, Proposal
 from .multistep import Multistep, require_flow, require_reverse, unit_noise
 from .semilinear import Form, Linear, Variable, psi
 from .singlestep import propose_single
@@ -38,6 +38,10 @@ class DDIM(Multistep):
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta={self.eta!r}; 0 <= eta <= 1 is needed (a ReverseSDE takes more by other solvers).")
+
+    @property
+    def equation(self) -> Equation:
+        return "flow" if self.eta == 0 else "reverse"
 
     @property
     def form(self) -> Form:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
-from .base import Proposal, Solver, counters
+from .base import Equation, Proposal, Solver, counters
 from .multistep import Multistep, require_reverse, unit_noise
 from .semilinear import Form, Linear
 from .start import History, empty
@@ -25,6 +25,10 @@ class SDEDPMSolver(Multistep):
 
     Source: Lu et al. 2022, DPM-Solver++.
     """
+
+    @property
+    def equation(self) -> Equation:
+        return "reverse"
 
     @property
     def form(self) -> Form:
@@ -59,6 +63,10 @@ class SDEDPMSolverPP(Multistep):
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
             raise ValueError(f"order={self.order!r}; 1 or 2 is needed.")
+
+    @property
+    def equation(self) -> Equation:
+        return "reverse"
 
     @property
     def form(self) -> Form:
@@ -100,6 +108,10 @@ class SEEDS(Solver):
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
             raise ValueError(f"order={self.order!r}; 1 or 2 is needed.")
+
+    @property
+    def equation(self) -> Equation:
+        return "reverse"
 
     @property
     def error_order(self) -> None:

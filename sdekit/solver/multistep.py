@@ -15,7 +15,7 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
-from .base import Proposal, Solver
+from .base import Equation, Proposal, Solver
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
 from .start import EXPLICIT, History, Start, empty, enter, held, shares
 
@@ -23,6 +23,10 @@ from .start import EXPLICIT, History, Start, empty, enter, held, shares
 @dataclass(frozen=True)
 class Multistep(Solver):
     """An explicit multistep method; subclasses state `form`, `variable` and `depth`."""
+
+    @property
+    def equation(self) -> Equation:
+        return "flow"
 
     @property
     @abstractmethod

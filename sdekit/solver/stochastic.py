@@ -10,7 +10,7 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
-from .base import Proposal, Solver, counters
+from .base import Equation, Proposal, Solver, counters
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class EulerMaruyama(Solver):
 
     Strong order 1 here (the noise is additive), weak order 1.
     """
+
+    @property
+    def equation(self) -> Equation:
+        return "reverse"
 
     @property
     def order(self) -> int:

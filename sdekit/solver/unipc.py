@@ -17,7 +17,7 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
-from .base import Proposal, Solver
+from .base import Equation, Proposal, Solver
 from .multistep import require_flow, require_reverse, unit_noise
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
 from .start import CORRECTED, History, empty, enter, held, shares
@@ -26,6 +26,10 @@ from .start import CORRECTED, History, empty, enter, held, shares
 @dataclass(frozen=True)
 class PredictCorrect(Solver):
     """A predictor of `points` predictions with a corrector of `corrected` of them and the new one (-1: none)."""
+
+    @property
+    def equation(self) -> Equation:
+        return "flow"
 
     @property
     def form(self) -> Form:
@@ -178,6 +182,10 @@ class SASolver(PredictCorrect):
             raise ValueError(f"predictor={self.predictor!r}; 1, 2 or 3 is needed.")
         if self.corrector not in (None, 0, 1, 2, 3):
             raise ValueError(f"corrector={self.corrector!r}; None, 0, 1, 2 or 3 is needed.")
+
+    @property
+    def equation(self) -> Equation:
+        return "both"
 
     @property
     def order(self) -> int:
