@@ -182,7 +182,7 @@ class Underdamped(Corrector):
     Source: Leimkuhler and Matthews 2013, Rational construction of stochastic numerical methods for molecular sampling.
     """
 
-    step: float = 0.3
+    step: float = 0.5
     friction: float = 2.0
     moves: int = 1
 
