@@ -135,7 +135,8 @@ class PredictorCorrector(Solver):
     has left since, and takes the displacement for a slope. The law converges all the same, at order 1, but few steps
     with strong corrections end worse than without: `DPMSolverPP(2)`, 24 steps to t = 0.05 on a VP Gaussian, with a
     variance 5% too large alone and 82% with `Langevin(0.3, 5)`, `Heun()` with 1% and 6%. Better predictors here are
-    `EulerMaruyama()`, `Heun()` and `DPMSolverPP(1)`. An advance that only fills the predictor's memory is not corrected.
+    `EulerMaruyama()`, `Heun()` and `DPMSolverPP(1)`. An advance that only fills the predictor's memory goes without
+    correction.
 
     The state that comes out has the corrector's noise in it. There is no option to leave that out of the last move:
     denoising what was sampled is the sampler's option.
