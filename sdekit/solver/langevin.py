@@ -172,10 +172,10 @@ class Underdamped(Corrector):
 
     On Gaussians the law of x is exact for every h < 2, whatever the friction. For that the momentum must last: it is
     drawn before the first step and kept, as fresh normals at every step would not be its law under a finite h and would
-    heat x. One call makes moves + 1 evaluations: the score at its start is of no use before.
+    heat x. One call makes moves + 1 evaluations: since the last score of the call before, the predictor has moved x.
 
     Args:
-        step: h, in (0, 2); it compares to a Langevin step of e = (h sigma)^2 / 2, which is what `size` says.
+        step: h, in (0, 2). Under strong friction it is a Langevin step of e = (h sigma)^2 / 2, reported as its size.
         friction: >= 0, a unit of h; 0 never refreshes the momentum.
         moves: Moves a step, >= 1.
 

@@ -110,6 +110,18 @@ def test_underdamped_moves_keep_the_law_of_x_exactly_on_gaussians(step, friction
             np.testing.assert_allclose(a @ fixed + b, fixed, atol=1e-8 * (1.0 + np.abs(mean).max()))
 
 
+def test_underdamped_moves_under_strong_friction_are_langevin_moves_of_the_size_reported():
+    sde, t, target, h = SDES["vp"], 0.4, gaussian(3), 0.05
+    term = sdekit.ProbabilityFlow(target.score_model(sde))
+    corrector, x = Underdamped(h, 1e3), draw(1, 1, 3)
+    path = sdekit.IndependentIncrements(0, torch.arange(1))
+    size = corrector.move(term, times(t), x, corrector.init(term, x), torch.tensor([0]), path).size
+    a, _, _ = affine(corrector, term, t, 3, [4, 5])
+    slow = np.sort(np.linalg.eigvals(a).real)[3:]  # the others forget the momentum
+    expected = 1.0 - float(size) / np.sort(np.linalg.eigvalsh(marginal(target, sde, t)[1]))
+    np.testing.assert_allclose((1.0 - slow) / (1.0 - expected), 1.0, atol=2e-3)
+
+
 def test_underdamped_moves_begin_with_a_momentum_drawn_and_then_keep_it():
     term, x = sdekit.ProbabilityFlow(gaussian(3).score_model(SDES["vp"])), draw(1, 2, 3)
     corrector, s, path = Underdamped(), times(0.4, 0.5), sdekit.IndependentIncrements(0, torch.arange(2))

@@ -285,6 +285,21 @@ def test_every_sample_is_solved_as_if_it_were_alone(name, dtype):
                 assert alone.report["acceptance"][0] == together.report["acceptance"][row]
 
 
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_samples_that_fail_leave_the_others_as_they_are(name):
+    term, grid = term_for(name, SDES["vp"], gaussian(3)), sdekit.FixedGrid(uneven_times(0.8, 0.3, 6))
+    solver, path = (
+        PredictorCorrector(PREDICTORS[name], Underdamped()),
+        sdekit.IndependentIncrements(0, torch.arange(10)),
+    )
+    x = draw(1, 10, 3)
+    whole = sdekit.integrate(term, solver, grid, x, 0.8, 0.3, path)
+    x[:4] = torch.inf
+    rest = sdekit.integrate(term, solver, grid, x, 0.8, 0.3, path, throw=False)
+    assert rest.status.tolist() == [int(sdekit.Status.NOT_FINITE)] * 4 + [int(sdekit.Status.DONE)] * 6
+    torch.testing.assert_close(rest.x[4:], whole.x[4:], rtol=1e-12, atol=1e-12)
+
+
 def test_the_published_rule_alone_makes_samples_depend_on_one_another():
     term, grid = term_for("euler-maruyama", SDES["vp"], gaussian(3)), sdekit.FixedGrid(uneven_times(0.8, 0.3, 4))
     x, other = draw(1, 2, 3), draw(2, 2, 3)
