@@ -5,9 +5,9 @@ A step runs from the noisier time t0 (s0 = -t0) to t1 < t0 (s1 = -t1). Over it t
     x_{t0} | x_{t1} ~ N(a x_{t1}, G^2 I),    a = alpha_0 / alpha_1,    G^2 = sigma_0^2 - a^2 sigma_1^2
                                                                            = sigma_0^2 (1 - e^{-2h}),
 
-h = lambda_1 - lambda_0 in the half log signal-to-noise ratio. `Ancestral` and `ReverseDiffusion` use a and G in place
-of f and g, so that a step may be as long as the whole way. Each noise of a given variance over the step is drawn as
-the path's increment, scaled: solutions on the same path converge to one another, not only their laws.
+h = lambda_1 - lambda_0 in the half log signal-to-noise ratio. `Ancestral` and `ReverseDiffusion` take a and G for f and
+g, so that a step may be as long as the whole way. Noise of a given variance is the path's increment, scaled: solutions
+on one path converge to one another, not only their laws.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .base import Proposal, Solver, counters
 _MOST_RAISED = math.sqrt(2.0) - 1.0  # of the noise level in one step: its variance at most doubles (Karras et al. 2022)
 
 
-def require_reverse(solver: Solver, term: Term) -> None:
-    """Raises TypeError unless `term` is a ReverseSDE."""
+def require_reverse(solver: Solver, term: Term) -> ReverseSDE:
+    """`term`; raises TypeError unless it is a ReverseSDE."""
     if not isinstance(term, ReverseSDE):
         raise TypeError(f"{type(solver).__name__} integrates a ReverseSDE, not a {type(term).__name__}.")
+    return term
 
 
 def require_path(solver: Solver, path: BrownianPath | None) -> BrownianPath:
     """`path`; raises ValueError if there is none."""
     if path is None:
-        name = type(solver).__name__
-        raise ValueError(f"path=None; {name} needs a Brownian path, for example IndependentIncrements.")
+        raise ValueError(f"path=None; {type(solver).__name__} needs a Brownian path, e.g. IndependentIncrements.")
     return path
 
 
@@ -92,8 +92,8 @@ class EulerMaruyama(FirstOrder):
 
 def _per_root_time(term: Term, variance: Tensor, t0: Tensor, length: Tensor) -> Tensor:
     """(B,) what multiplies an increment over `length` for it to have `variance`; its limit g where there is none."""
-    moving = length > 0
-    return torch.where(moving, (variance / torch.where(moving, length, 1.0)).sqrt(), term.model.sde.diffusion(t0))
+    rate = variance.clamp(min=0.0) / torch.where(length > 0, length, 1.0)
+    return torch.where(length > 0, rate.sqrt(), term.model.sde.diffusion(t0))
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Ancestral(FirstOrder):
         x_1 = alpha_1 x0 + sigma_1 e^{-h} eps + s z = (sigma_1/sigma_0) e^{-h} x + alpha_1 (1 - e^{-2h}) x0 + s z
 
     is the mean of q(x_1 | x, x0) for every SDE, and s^2 its variance ("small") or the forward transition's ("large").
-    It is the reverse SDE of eta = 1, for any number of steps: "small" is exact for data at one point, "large" for
-    standard normal data under a variance-preserving SDE. Weak order 1, strong order 1, on a fixed grid.
+    Of eta = 1, for any number of steps: "small" is exact for data at one point, "large" for standard normal data under
+    a variance-preserving SDE. Weak order 1, strong order 1, on a fixed grid.
 
     Args:
         variance: "small", sigma_1^2 (1 - e^{-2h}), or "large", sigma_0^2 (1 - e^{-2h}) (beta_i of a discrete chain).
@@ -122,12 +122,11 @@ class Ancestral(FirstOrder):
             raise ValueError(f"variance={self.variance!r}; 'small' or 'large' is needed.")
 
     def init(self, term: Term, z: Tensor) -> Tensor:
-        require_reverse(self, term)
-        assert isinstance(term, ReverseSDE)
-        if callable(term.eta) or term.eta != 1:
+        eta = require_reverse(self, term).eta
+        if callable(eta) or eta != 1:
             raise TypeError(
-                "Ancestral draws from the forward chain's posterior, which is the reverse SDE of eta=1, and this one has "
-                f"eta={term.eta!r}: pass eta=1.0, or sdekit.EulerMaruyama() for any eta."
+                "Ancestral draws from the forward chain's posterior, a reverse SDE of eta=1, and this ReverseSDE has "
+                f"eta={eta!r}: pass eta=1.0, or sdekit.EulerMaruyama() for any eta."
             )
         return counters(z)
 
@@ -150,9 +149,9 @@ class ReverseDiffusion(FirstOrder):
 
         x_1 = x + (1 - a) x + (1 + eta^2)/2 G^2 score + eta G z
 
-    with score and eta where the step starts. The published rules for VP and VE are this one with eta = 1 (eta = 0:
-    their flow), on every SDE and for every step length. Weak order 1, strong order 1, on a fixed grid. Few long steps
-    overshoot where G^2 is large beside the variance of x: `Ancestral` does not.
+    with score and eta where the step starts; the published rules for VP and VE have eta = 1, or 0 for their flow. Weak
+    order 1, strong order 1, on a fixed grid. Steps so long that G^2 passes the variance of x overshoot; `Ancestral`
+    does not.
 
     Source: Song et al. 2021, score-based generative modeling through SDEs.
     """
@@ -167,8 +166,7 @@ class ReverseDiffusion(FirstOrder):
         noise = require_path(self, path).increment(s0, s1, memory, z)
         assert isinstance(term, ReverseSDE)  # checked by init
         sde, t0, t1 = term.model.sde, term.time(s0), term.time(s1)
-        eta = term.noise_scale(s0) / sde.diffusion(t0)
-        alpha, sigma = sde.alpha(t0), sde.sigma(t0)
+        alpha, sigma, eta = sde.alpha(t0), sde.sigma(t0), term.noise_scale(s0) / sde.diffusion(t0)
         share = -torch.expm1(-2.0 * (sde.half_log_snr(t1) - sde.half_log_snr(t0)))  # G^2 / sigma_0^2
         stretch = 1.0 - torch.expm1(sde.log_alpha(t0) - sde.log_alpha(t1))  # 1 + (1 - a)
         pull = 0.5 * (1.0 + eta.square()) * share  # G^2 score = -sigma_0 share eps
@@ -217,8 +215,7 @@ class StochasticHeun(Solver):
         h = column(s1 - s0, z)
         first = h * term.drift(s0, z) + column(term.noise_scale(s0), z) * noise
         second = h * term.drift(s1, z + first) + column(term.noise_scale(s1), z) * noise
-        error = 0.5 * (second - first)
-        return stepped(z + 0.5 * (first + second), error, memory)
+        return stepped(z + 0.5 * (first + second), 0.5 * (second - first), memory)
 
 
 @dataclass(frozen=True)
@@ -281,9 +278,8 @@ class EDMChurn(Solver):
         """(B,) the time whose level is (1 + gamma) rho_0; exactly t0 where gamma is 0."""
         sde = term.model.sde
         here = sde.half_log_snr(t0)
-        rho = torch.exp(-here)
         gamma = (self.churn * (sde.half_log_snr(t1) - here)).clamp(0.0, _MOST_RAISED)
-        churned = (rho <= self.start) & (rho >= self.stop) & (gamma > 0)
+        churned = (torch.exp(-here) <= self.start) & (torch.exp(-here) >= self.stop) & (gamma > 0)
         there = sde.clamp(sde.time_at(here - torch.log1p(gamma)))
         return torch.where(churned, torch.maximum(there, t0), t0)
 
@@ -294,13 +290,11 @@ class EDMChurn(Solver):
         model, sde, t0, t1 = term.model, term.model.sde, term.time(s0), term.time(s1)
         top = self._raised(term, t0, t1)
         here = sde.half_log_snr(top)
-        # sigma'^2 - (alpha'/alpha_0)^2 sigma_0^2, without the difference
-        variance = sde.sigma(top).square() * -torch.expm1(-2.0 * (sde.half_log_snr(t0) - here).clamp(min=0.0))
+        variance = sde.sigma(top).square() * -torch.expm1(-2.0 * (sde.half_log_snr(t0) - here).clamp(min=0.0))  # G^2
         kept = torch.exp(sde.log_alpha(top) - sde.log_alpha(t0))
         x = column(kept, z) * z + column(self.noise * variance.sqrt(), z) * drawn
-        # alpha_1 times Heun's step of y: a vanishing alpha divides nothing
         scaled = column(torch.exp(sde.log_alpha(t1) - sde.log_alpha(top)), z) * x
         fall = column(sde.sigma(t1) * -torch.expm1(sde.half_log_snr(t1) - here), z)  # alpha_1 (rho_1 - rho')
-        first = model.noise(x, top)
+        first = model.noise(x, top)  # Heun's rule for y, times alpha_1
         second = model.noise(scaled + fall * first, t1)
         return stepped(scaled + 0.5 * fall * (first + second), None, memory)
