@@ -92,7 +92,7 @@ class EulerMaruyama(FirstOrder):
 
 def _per_root_time(term: Term, variance: Tensor, t0: Tensor, length: Tensor) -> Tensor:
     """(B,) what multiplies an increment over `length` for it to have `variance`; its limit g where there is none."""
-    rate = variance.clamp(min=0.0) / torch.where(length > 0, length, 1.0)
+    rate = variance.clamp(min=0.0) / length  # below 0 by rounding, where the step is a few ulp long
     return torch.where(length > 0, rate.sqrt(), term.model.sde.diffusion(t0))
 
 

@@ -27,7 +27,7 @@ PROBLEMS = {"vp": ("vp", 1.0), "vp-varying": ("vp", lambda t: 0.5 + t), "karras"
 
 
 def mirrored(table):
-    """The tableau with beta2 of the other sign, as it is found in print and in code."""
+    """The tableau with beta2 of the other sign, as torchsde 0.2 has it for SRA2 and SRA3."""
     return dataclasses.replace(table, beta2=tuple(-weight for weight in table.beta2))
 
 

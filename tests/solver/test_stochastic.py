@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import SDES, Function, Given, draw, gaussian, mixture, observed_order, times, uneven_times
+from helpers import SDES, Function, Given, draw, gaussian, mixture, observed_order, spread_times, times, uneven_times
 
 import sdekit
 from sdekit import targets
@@ -344,9 +344,11 @@ def test_a_step_of_no_length_goes_nowhere(method, name):
     t = torch.cat((times(sde.t_min, sde.t_max), sde.time_at(times(-0.5, 0.5))))
     s, path = term.coordinate(t), sdekit.IndependentIncrements(0, torch.arange(4))
     assert torch.equal(solver.propose(term, s, s, x, solver.init(term, x), path).z, x)
-    following = term.coordinate(torch.nextafter(t, torch.zeros_like(t)))  # shorter than rounding resolves
-    step = solver.propose(term, s, following, x, solver.init(term, x), path)
-    torch.testing.assert_close(step.z, x, rtol=1e-5, atol=1e-5)
+    # nor does one that is shorter than the half log signal-to-noise ratio resolves
+    t = spread_times(sde, 300)[1:]
+    x, path = draw(1, len(t), 3), sdekit.IndependentIncrements(0, torch.arange(len(t)))
+    ends = (term.coordinate(at) for at in (t, torch.nextafter(t, torch.zeros_like(t))))
+    torch.testing.assert_close(solver.propose(term, *ends, x, counts(x), path).z, x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SDES)
