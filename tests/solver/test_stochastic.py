@@ -351,6 +351,25 @@ def test_a_step_of_no_length_goes_nowhere(method, name):
     torch.testing.assert_close(solver.propose(term, *ends, x, counts(x), path).z, x, rtol=1e-5, atol=1e-5)
 
 
+class Rough(sdekit.KarrasSDE):
+    """A schedule whose rounding is not monotone, as one written by hand may be."""
+
+    def log_sigma(self, t):
+        return super().log_sigma(t) + 1e-12 * torch.sin(1e14 * t)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_variance_below_zero_by_rounding_is_none(method):
+    sde, solver = Rough(), METHODS[method]
+    term, t = term_of(solver, mixture(3, 2).score_model(SDES["karras"])), torch.linspace(1.0, 2.0, 200).double()
+    term.model.sde = sde
+    shorter = t - 1e-14
+    assert bool((sde.half_log_snr(shorter) < sde.half_log_snr(t)).any())
+    x, path = draw(1, len(t), 3), sdekit.IndependentIncrements(0, torch.arange(len(t)))
+    step = solver.propose(term, term.coordinate(t), term.coordinate(shorter), x, counts(x), path)
+    torch.testing.assert_close(step.z, x, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("method", METHODS)
 def test_few_steps_stay_finite_in_the_dtype_of_the_state(method, name):
