@@ -100,10 +100,10 @@ def _per_root_time(term: Term, variance: Tensor, t0: Tensor, length: Tensor) -> 
 class Ancestral(FirstOrder):
     """The ancestral step of DDPM in continuous time, exact in h: data and noise predicted where the step starts.
 
-        x_1 = alpha_1 x0 + sigma_1 e^{-h} eps + s z = (sigma_1/sigma_0) e^{-h} x + alpha_1 (1 - e^{-2h}) x0 + s z
+        x_1 = alpha_1 x0 + sigma_1 e^{-h} eps + r z = (sigma_1/sigma_0) e^{-h} x + alpha_1 (1 - e^{-2h}) x0 + r z
 
-    is the mean of q(x_1 | x, x0) for every SDE, and s^2 its variance ("small") or the forward transition's ("large").
-    Of eta = 1, for any number of steps: "small" is exact for data at one point, "large" for standard normal data under
+    is the mean of q(x_1 | x, x0) for every SDE, and r^2 its variance ("small") or the forward transition's ("large").
+    For eta = 1 and any number of steps: "small" is exact for data at one point, "large" for standard normal data under
     a variance-preserving SDE. Weak order 1, strong order 1, on a fixed grid.
 
     Args:
@@ -150,8 +150,8 @@ class ReverseDiffusion(FirstOrder):
         x_1 = x + (1 - a) x + (1 + eta^2)/2 G^2 score + eta G z
 
     with score and eta where the step starts; the published rules for VP and VE have eta = 1, or 0 for their flow. Weak
-    order 1, strong order 1, on a fixed grid. Steps so long that G^2 passes the variance of x overshoot; `Ancestral`
-    does not.
+    order 1, strong order 1, on a fixed grid. The factor 2 - a stands for 1/a: steps over which alpha changes much are
+    coarse, those of `Ancestral` are not bound by that.
 
     Source: Song et al. 2021, score-based generative modeling through SDEs.
     """
