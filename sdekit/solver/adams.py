@@ -102,6 +102,10 @@ class Adams(Solver):
             raise ValueError(f"order={self.order!r}; an int from 2 to {_MAX_ORDER} is needed.")
 
     @property
+    def linear(self) -> bool:
+        return True
+
+    @property
     def error_order(self) -> int:
         return self.order - 1
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..brownian import BrownianPath
-from ..terms import Aux, ReverseSDE, Term
+from ..terms import Aux, ProbabilityFlow, ReverseSDE, Term
 
 Equation = Literal["any", "flow", "reverse", "both"]
 
@@ -73,6 +73,11 @@ class Solver(ABC):
         return self.equation == "reverse"
 
     @property
+    def linear(self) -> bool:
+        """Whether on a fixed grid its result is linear in the start, the network's outputs and the draws."""
+        return False
+
+    @property
     def weighs_nodes(self) -> bool:
         """Whether the solver keeps the weight of every node's probe, as fresh probes need."""
         return False
@@ -114,3 +119,26 @@ def refuse_noise(solver: Solver, term: Term) -> None:
             f"{type(solver).__name__} integrates equations without noise, and this ReverseSDE has eta={term.eta!r}: "
             "pass sdekit.EulerMaruyama(), or eta=0."
         )
+
+
+def require_flow(solver: Solver, term: Term) -> None:
+    """Raises TypeError unless the term is a ProbabilityFlow."""
+    if not isinstance(term, ProbabilityFlow):
+        hint = " (its noise would be dropped; eta=0 is the flow)" if isinstance(term, ReverseSDE) else ""
+        raise TypeError(f"{type(solver).__name__} integrates a ProbabilityFlow, not a {type(term).__name__}{hint}.")
+
+
+def require_reverse(solver: Solver, term: Term) -> ReverseSDE:
+    """`term`; raises TypeError unless it is a ReverseSDE."""
+    if not isinstance(term, ReverseSDE):
+        raise TypeError(f"{type(solver).__name__} integrates a ReverseSDE, not a {type(term).__name__}.")
+    return term
+
+
+def require_path(solver: Solver, path: BrownianPath | None) -> BrownianPath:
+    """`path`; raises ValueError if there is none."""
+    if path is None:
+        raise ValueError(
+            f"path=None; {type(solver).__name__} needs a Brownian path, for example sdekit.IndependentIncrements."
+        )
+    return path

@@ -14,8 +14,8 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
-from .base import Equation, Proposal
-from .multistep import Multistep, require_flow, require_reverse, unit_noise
+from .base import Equation, Proposal, require_flow, require_reverse
+from .multistep import Multistep, unit_noise
 from .semilinear import Form, Linear, Variable, psi
 from .singlestep import propose_single
 from .start import EXPLICIT, History, Start, empty

@@ -13,8 +13,8 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
-from .base import Equation, Proposal, Solver, counters
-from .multistep import Multistep, require_reverse, unit_noise
+from .base import Equation, Proposal, Solver, counters, require_reverse
+from .multistep import Multistep, unit_noise
 from .semilinear import Form, Linear
 from .start import History, empty
 
@@ -108,6 +108,10 @@ class SEEDS(Solver):
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
             raise ValueError(f"order={self.order!r}; 1 or 2 is needed.")
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @property
     def equation(self) -> Equation:

@@ -71,6 +71,10 @@ class Langevin(_Unadjusted):
     delta: float = 0.02
     moves: int = 1
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         _require_below("delta", self.delta, 2.0)
         require_count("moves", self.moves)
@@ -185,6 +189,10 @@ class Underdamped(Corrector):
     step: float = 0.5
     friction: float = 2.0
     moves: int = 1
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         _require_below("step", self.step, 2.0)

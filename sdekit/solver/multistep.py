@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .._tensor import column
 from ..brownian import BrownianPath
-from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
-from .base import Equation, Proposal, Solver
+from ..terms import NO_AUX, ReverseSDE, Term
+from .base import Equation, Proposal, Solver, require_flow
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
 from .start import EXPLICIT, History, Start, empty, enter, held, shares
 
@@ -23,6 +23,10 @@ from .start import EXPLICIT, History, Start, empty, enter, held, shares
 @dataclass(frozen=True)
 class Multistep(Solver):
     """An explicit multistep method; subclasses state `form`, `variable` and `depth`."""
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @property
     def equation(self) -> Equation:
@@ -94,19 +98,6 @@ class Multistep(Solver):
         if ready is not None:
             moved = torch.where(column(ready.double(), z) > 0, moved, z)
         return Proposal(moved, None, NO_AUX, history, torch.ones_like(s0, dtype=torch.bool))
-
-
-def require_flow(solver: Solver, term: Term) -> None:
-    """Raises TypeError unless the term is a ProbabilityFlow."""
-    if not isinstance(term, ProbabilityFlow):
-        hint = " (its noise would be dropped; eta=0 is the flow)" if isinstance(term, ReverseSDE) else ""
-        raise TypeError(f"{type(solver).__name__} integrates a ProbabilityFlow, not a {type(term).__name__}{hint}.")
-
-
-def require_reverse(solver: Solver, term: Term) -> None:
-    """Raises TypeError unless the term is a ReverseSDE."""
-    if not isinstance(term, ReverseSDE):
-        raise TypeError(f"{type(solver).__name__} integrates a ReverseSDE, not a {type(term).__name__}.")
 
 
 def unit_noise(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._tensor import select
 from ..brownian import BrownianPath
 from ..terms import ProbabilityFlow, ReverseSDE, Term
-from .base import Proposal, Solver, counters
+from .base import Equation, Proposal, Solver, counters
 
 
 class Moved(NamedTuple):
@@ -41,6 +41,11 @@ class Corrector(ABC):
     """
 
     moves: int
+
+    @property
+    def linear(self) -> bool:
+        """Whether a move is linear in the state, the network's outputs and the draws."""
+        return False
 
     @property
     @abstractmethod
@@ -169,6 +174,18 @@ class PredictorCorrector(Solver):
             raise TypeError(f"corrector={self.corrector!r}; a Corrector is needed, for example Langevin().")
         if not isinstance(self.corrector_first, bool):
             raise TypeError(f"corrector_first={self.corrector_first!r}; True or False is needed.")
+
+    @property
+    def equation(self) -> Equation:
+        return "flow" if self.predictor.equation == "any" else self.predictor.equation
+
+    @property
+    def draws(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return self.predictor.linear and self.corrector.linear
 
     @property
     def order(self) -> int:

@@ -39,6 +39,10 @@ class RungeKutta(Solver):
     tableau: Tableau
 
     @property
+    def linear(self) -> bool:
+        return True
+
+    @property
     def order(self) -> int:
         return self.tableau.order
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, Term
-from .base import Equation, Proposal, Solver
-from .multistep import require_flow
+from .base import Equation, Proposal, Solver, require_flow
 from .semilinear import Form, Linear, combine, linear, predict, psi
 from .start import History, empty
 
@@ -39,6 +38,10 @@ class DPMSolver(Solver):
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise ValueError(f"order={self.order!r}; 1, 2 or 3 is needed.")
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @property
     def equation(self) -> Equation:

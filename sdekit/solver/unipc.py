@@ -17,8 +17,8 @@ from torch import Tensor
 from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
-from .base import Equation, Proposal, Solver
-from .multistep import require_flow, require_reverse, unit_noise
+from .base import Equation, Proposal, Solver, require_flow, require_reverse
+from .multistep import unit_noise
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
 from .start import CORRECTED, History, empty, enter, held, shares
 
@@ -26,6 +26,10 @@ from .start import CORRECTED, History, empty, enter, held, shares
 @dataclass(frozen=True)
 class PredictCorrect(Solver):
     """A predictor of `points` predictions with a corrector of `corrected` of them and the new one (-1: none)."""
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @property
     def equation(self) -> Equation:
