@@ -246,7 +246,8 @@ def integrate(
         way = path_of(term, outcome.seen, x0) if return_path else None
     stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls)
     solution = Solution(x, reached, carry.status, stats, solver.report(carry.memory), way)
-    finish(solution, outcome, reached, f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end", numbers, throw)
+    target = f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end"
+    finish(solution, carry.status, outcome.error, reached, target, numbers, throw)
     return solution
 
 
@@ -258,12 +259,15 @@ def check_limits(max_evaluations: int, wall_time: float | None, progress: bool) 
     return Limits(max_evaluations, wall_time, progress)
 
 
-def finish(solution: Any, outcome: Outcome, t: Tensor, target: str, indices: Tensor, throw: bool) -> None:
+def finish(
+    solution: Any, status: Tensor, error: NetworkError | None, t: Tensor, target: str, indices: Tensor, throw: bool
+) -> None:
     """Raises or warns for what did not arrive.
 
     Args:
         solution: What the caller would return.
-        outcome: Of the drive.
+        status: (B,) how each sample ended.
+        error: What stopped the solve, if something did.
         t: (B,) times reached.
         target: Where the samples should have arrived, in words.
         indices: (B,) global sample numbers.
@@ -272,11 +276,10 @@ def finish(solution: Any, outcome: Outcome, t: Tensor, target: str, indices: Ten
     Raises:
         SolveError: The network cannot be used (always), or with `throw` a sample failed or ran out of evaluations.
     """
-    status = outcome.carry.status
-    if outcome.error is not None:
+    if error is not None:
         left = t[status == Status.RUNNING]
         where = f" (at t from {float(left.min()):.6g} to {float(left.max()):.6g})" if left.numel() else ""
-        raise SolveError(f"{outcome.error}{where}", solution) from outcome.error
+        raise SolveError(f"{error}{where}", solution) from error
     codes = set(status.tolist())
     failed = codes & {int(Status.NOT_FINITE), int(Status.STEP_FLOOR), int(Status.BUDGET)}
     if failed and throw:

@@ -142,7 +142,7 @@ def log_likelihood(
             )
         outcome = drive(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
         result = _result(term, method, outcome, entry, start, data_moments, transform)
-    finish(result, outcome, result.t, "the noise's end of time", numbers, throw)
+    finish(result, outcome.carry.status, outcome.error, result.t, "the noise's end of time", numbers, throw)
     _warn_loose(result, method)
     return result._replace(latent=result.latent.to(x.dtype))
 

@@ -32,9 +32,9 @@ from .controller import PID, Controller, FixedGrid
 from .divergence import Hutchinson
 from .errors import NetworkError, PartialResultWarning, SolveError
 from .grid import likelihood as likelihood_grid
-from .integrate import integrate
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
+from .playback import solve
 from .solution import Solution, Status
 from .solver.adams import Adams
 from .solver.base import Solver
@@ -111,9 +111,8 @@ def sample(
     draws = chosen.draws or isinstance(term, ReverseSDE)
     path = IndependentIncrements(seed, numbers) if draws else None
     with torch.no_grad():
-        solution = integrate(
-            *(term, chosen, judge, start, model.sde.t_max, model.sde.t_min, path),
-            indices=numbers,
+        solution = solve(
+            *(term, chosen, judge, start, model.sde.t_max, model.sde.t_min, path, numbers),
             max_evaluations=max_evaluations - int(denoise),
             wall_time=wall_time,
             progress=progress,
@@ -276,10 +275,11 @@ def _transport(
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
     term = _equation(model, chosen, 0.0, x.shape[1:], Hutchinson.keys(0, numbers))
     with torch.no_grad():
-        return integrate(
-            *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1),
+        return solve(
+            *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),
             max_evaluations=max_evaluations,
             wall_time=wall_time,
             progress=progress,
             throw=throw,
+            return_path=False,
         )

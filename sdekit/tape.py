@@ -138,8 +138,8 @@ class _Path:
 
 
 def usable(solver: Solver, controller: Any, term: Term) -> bool:
-    """Whether a solve can be recorded: a fixed grid of moderate length, a linear method, no density."""
-    if not isinstance(controller, FixedGrid) or not solver.linear:
+    """Whether a solve can be recorded: a fixed grid of moderate length, a linear method, no density, no report."""
+    if not isinstance(controller, FixedGrid) or not solver.linear or type(solver).report is not Solver.report:
         return False
     return (len(controller.times) + 8) * solver.evaluations <= MOST_CALLS and not term.has_density
 
@@ -269,15 +269,16 @@ def _agrees(tape: Tape, run: _Run) -> bool:
     worst, e = 0.0, 0
     for k, step in enumerate(tape.steps):
         for call in step.calls:
-            got = _added(call.given, z, outputs, noise)
+            got = added(call.given, z, outputs, noise)
             worst = max(worst, float((got - run.given[e]).abs().max() / run.given[e].abs().max().clamp(min=1e-300)))
             e += 1
-        z = _added(step.after, z, outputs, noise)
+        z = added(step.after, z, outputs, noise)
         worst = max(worst, float((z - run.states[k + 1]).abs().max() / run.states[k + 1].abs().max()))
     return worst < _AGREE and e == tape.calls
 
 
-def _added(terms: Sum, z: Tensor, outputs: dict[int, Tensor], noise: dict[int, Tensor]) -> Tensor:
+def added(terms: Sum, z: Tensor, outputs: dict[int, Tensor], noise: dict[int, Tensor]) -> Tensor:
+    """The sum, of tensors like `z`."""
     total = z * terms.a if terms.a != 1.0 else z.clone()
     for coefficient, j in terms.outputs:
         total.add_(outputs[j], alpha=coefficient)

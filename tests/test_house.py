@@ -62,6 +62,7 @@ ORDER = [
     "training",
     "likelihood",
     "tape",
+    "playback",
     "sampling",
     "interop.scipy",
     "zoo._baselines",

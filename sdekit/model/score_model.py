@@ -9,6 +9,7 @@ in the dtype of its own parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,12 +115,26 @@ class ScoreModel(nn.Module):
         Raises:
             NetworkError: The network raised, or its output is not a floating tensor of the shape of `x`.
         """
-        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
         scale = self.parameterization.input_scale(self.sde, t)
         seen = x if scale is None else column(scale, x) * x
-        label = self.parameterization.label(self.sde, t).to(dtype)
+        return self._answer(seen, self.parameterization.label(self.sde, t), self._dtype(x))
+
+    def caller(self, x: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """The network's own output as a function of its scaled input, like `x` (B, *event), and a label for all."""
+        dtype = self._dtype(x)
+
+        def call(seen: Tensor, label: float) -> Tensor:
+            return self._answer(seen, torch.full((seen.shape[0],), label, dtype=dtype, device=seen.device), dtype)
+
+        return call
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
+
+    def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
         try:
-            out = self.net(seen.to(dtype), label, **self.bound)
+            out = self.net(x.to(dtype), label.to(dtype), **self.bound)
         except Exception as error:
             raise NetworkError(
                 f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}"

@@ -1,0 +1,171 @@
+"""Solves on fixed grids played back from a recording: the network, and a few multiples and sums around it."""
+
+from __future__ import annotations
+
+import time as clock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ._fit import check_method
+from ._tensor import all_finite, working
+from .brownian import BrownianPath
+from .controller import Controller, FixedGrid
+from .errors import NetworkError
+from .integrate import Limits, check_limits, finish, integrate
+from .model.score_model import ScoreModel
+from .solution import Path, Solution, Stats, Status
+from .solver.base import Solver
+from .tape import Draw, Tape, added, recorded, usable
+from .terms import Term
+
+
+class Played(NamedTuple):
+    """What playing back left: the state and time reached, steps made, calls made, how it ended, and the path."""
+
+    x: Tensor
+    t: float
+    steps: int
+    calls: int
+    stopped: Status | None
+    error: NetworkError | None
+    seen: list[tuple[float, Tensor]]
+
+
+def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, start: float, limits: Limits) -> Played:
+    """Solves along a tape: the calls of the network, and a few multiples and sums of (B, *event) tensors around each.
+
+    Args:
+        tape: From `recorded`.
+        model: With the network.
+        x: (B, *event) at the grid's first time.
+        path: Where draws come from, where the tape has some.
+        start: That first time.
+        limits: As in the loop. Between calls nothing is asked of the device.
+    """
+    z, t, made, calls = x, start, 0, 0
+    outputs: dict[int, Tensor] = {}
+    noise: dict[int, Tensor] = {}
+    until = _last_uses(tape)
+    call_network = model.caller(x)
+    seen = [(start, x)] if limits.keep_path else []
+    stopped: Status | None = None
+    error: NetworkError | None = None
+    began = clock.monotonic()
+    bar = tqdm(total=len(tape.steps), disable=not limits.progress, unit="step")
+    try:
+        for step in tape.steps:
+            if limits.wall_time is not None and clock.monotonic() - began >= limits.wall_time:
+                stopped = Status.TIME_LIMIT
+                break
+            for call in step.calls:
+                noise.update((n, _drawn(tape.draws[n], path, z)) for n in call.draws)
+                outputs[calls] = call_network(added(call.given, z, outputs, noise), call.label)
+                calls += 1
+            noise.update((n, _drawn(tape.draws[n], path, z)) for n in step.draws)
+            z, t, made = added(step.after, z, outputs, noise), step.t, made + 1
+            for old in [j for j in outputs if until[0][j] <= made]:
+                del outputs[old]
+            for old in [n for n in noise if until[1][n] <= made]:
+                del noise[old]
+            if limits.keep_path:
+                seen.append((t, z))
+            bar.update()
+    except NetworkError as caught:
+        error = caught
+    except KeyboardInterrupt:
+        stopped = Status.INTERRUPTED
+    finally:
+        bar.close()
+    return Played(z, t, made, calls, stopped, error, seen)
+
+
+def _last_uses(tape: Tape) -> tuple[list[int], list[int]]:
+    """For each output and draw, the number of steps after which it is no longer needed."""
+    outputs, draws = [0] * tape.calls, [0] * len(tape.draws)
+    for k, step in enumerate(tape.steps):
+        for terms in (*(call.given for call in step.calls), step.after):
+            for _, j in terms.outputs:
+                outputs[j] = k + 1
+            for _, n in terms.draws:
+                draws[n] = k + 1
+    return outputs, draws
+
+
+def _drawn(draw: Draw, path: BrownianPath | None, like: Tensor) -> Tensor:
+    """What the path answers to a recorded question, for every sample."""
+    assert path is not None  # a method that draws was checked to have one
+    count, device = like.shape[0], like.device
+    step = torch.full((count,), draw.step, dtype=torch.int64, device=device)
+    if draw.kind == "normal":
+        return path.normal(step, like, draw.lane)
+    s0, s1 = (torch.full((count,), s, dtype=torch.float64, device=device) for s in (draw.s0, draw.s1))
+    if draw.kind == "increment":
+        return path.increment(s0, s1, step, like, draw.lane)
+    return path.levy(s0, s1, step, like)[0 if draw.kind == "levy" else 1]
+
+
+def _played(
+    term: Term,
+    solver: Solver,
+    controller: FixedGrid,
+    x0: Tensor,
+    path: BrownianPath | None,
+    *,
+    indices: Tensor,
+    max_evaluations: int,
+    wall_time: float | None,
+    progress: bool,
+    throw: bool,
+    return_path: bool,
+) -> Solution | None:
+    """As `integrate` from the grid's first time to its last; None where the loop has to do it.
+
+    That is where the solve cannot be recorded, where the budget does not reach, and where a state came out not finite:
+    the loop says where.
+    """
+    if not usable(solver, controller, term) or x0.shape[0] == 0:
+        return None
+    tape = recorded(term, solver, controller)
+    if tape is None or tape.calls > max_evaluations:
+        return None
+    limits = check_limits(max_evaluations, wall_time, progress)._replace(keep_path=return_path)
+    start = float(controller.times[0])
+    with torch.inference_mode(False), torch.no_grad():
+        played = play(tape, term.model, working(x0), path, start, limits)
+    if not bool(all_finite(played.x).all()):
+        return None
+    ended = Status.DONE if played.steps == len(tape.steps) else played.stopped or Status.RUNNING
+    each = torch.ones_like(indices)
+    t = torch.full((len(indices),), played.t, dtype=torch.float64, device=x0.device)
+    stats = Stats(played.calls * each, played.steps * each, 0 * each, played.calls)
+    way = None
+    if return_path:
+        times = torch.tensor([at for at, _ in played.seen], dtype=torch.float64, device=x0.device)
+        way = Path(times.expand(len(indices), -1), torch.stack([x for _, x in played.seen], 1).to(x0.dtype))
+    solution = Solution(played.x.to(x0.dtype), t, int(ended) * each, stats, {}, way)
+    finish(solution, solution.status, played.error, t, f"t={float(controller.times[-1]):.6g}", indices, throw)
+    return solution
+
+
+def solve(
+    term: Term,
+    solver: Solver,
+    controller: Controller,
+    x: Tensor,
+    t0: float,
+    t1: float,
+    path: BrownianPath | None,
+    indices: Tensor,
+    **limits: Any,
+) -> Solution:
+    """From t0 to t1 along a recording where there can be one, else by the loop."""
+    if isinstance(controller, FixedGrid) and (t0, t1) == tuple(controller.times[[0, -1]].tolist()):
+        term.model.check_batch(x.shape[0])
+        check_method(solver, controller, path)
+        played = _played(term, solver, controller, x, path, indices=indices, **limits)
+        if played is not None:
+            return played
+    return integrate(term, solver, controller, x, t0, t1, path, indices=indices, **limits)
