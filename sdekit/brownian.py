@@ -83,9 +83,15 @@ class Draws:
     Args:
         seed: 0 <= seed < 2^63.
         indices: (B,) int64 global sample numbers.
+
+    Raises:
+        ValueError, TypeError: Arguments out of range or of the wrong kind.
     """
 
     def __init__(self, seed: int, indices: Tensor) -> None:
+        require_seed(seed)
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
+            raise TypeError(f"indices={indices!r}; an int64 tensor of shape (B,) is needed, e.g. torch.arange(B).")
         self.seed = seed
         self.indices = indices
         self._chain = _random.sample_keys(seed, Stream.CHAIN, indices)
@@ -133,11 +139,12 @@ class IndependentIncrements(Draws):
 class BrownianMotion(Draws):
     """A path over [start, end] that can be asked for any interval, in any order, and divided.
 
-    W(s) - W(start) is one function of (seed, index, start, end, s), to the bit. Between the points that divide
-    [start, end] into 2^depth cells, the path is smooth: at these points its law is exact, elsewhere a step of n cells
-    lacks up to 1 / (6 n) of its variance, 2 / (15 n) on average; and below the length of a cell there is no noise to
-    find. The default of 24 takes at most 1e-5 from a step of a thousandth of the path, 1e-3 from one of 1e-5. A greater
-    depth refines the same path. A query draws 4 (depth + 1) normals per number of the state.
+    W(s) - W(start) is one function of (seed, index, start, end, depth, s), to the bit; the number and the lane of a
+    step say nothing here. At the points that divide [start, end] into 2^depth cells its law is exact. Between them the
+    path is smooth: a step of n cells lacks up to 1 / (6 n) of its variance, 2 / (15 n) on average, and below the length
+    of a cell there is no noise to find. The default of 24 takes at most 1e-5 from a step of a thousandth of the path,
+    1e-3 from one of 1e-5; a greater depth refines the same path. An increment takes 4 (depth + 1) normals per number of
+    the state: where a fixed grid is all that is wanted, `IndependentIncrements` is cheaper.
 
     Times beyond [start, end] count as its nearer end: rounding does no harm there, and beyond it the path stands still.
 
@@ -159,13 +166,10 @@ class BrownianMotion(Draws):
     def __init__(
         self, seed: int, indices: Tensor, start: Tensor | float, end: Tensor | float, depth: int = _DEPTH
     ) -> None:
-        require_seed(seed)
-        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
-            raise TypeError(f"indices={indices!r}; an int64 tensor of shape (B,) is needed, e.g. torch.arange(B).")
+        super().__init__(seed, indices)
         require_count("depth", depth)
         if depth > _DEEPEST:
-            raise ValueError(f"depth={depth}; at most {_DEEPEST} is needed: float64 has no points between.")
-        super().__init__(seed, indices)
+            raise ValueError(f"depth={depth}; at most {_DEEPEST} is needed: float64 has no finer points.")
         self.start, self.end = _bound("start", start, indices), _bound("end", end, indices)
         if not bool((self.start <= self.end).all()):
             raise ValueError(f"start={start}, end={end}; start <= end is needed: for s = -t that is -t_max and -t_min.")
