@@ -167,8 +167,8 @@ def strong_order(
         x: (B, *event) float64 states at the grids' first time, B >= 2.
         grids: Times of at least 3 grids with the same ends, coarsest first.
         reference: A trusted method.
-        finest: Times of the reference's grid, an even number of steps. Euler and Maruyama's method needs 16 times
-            the steps of the finest grid, or the reference's own error is seen in the order.
+        finest: Times of the reference's grid, a multiple of 4 steps. Euler and Maruyama's method needs 16 times the
+            steps of the finest grid, one of strong order 1.5 needs 6 times, or its own error is seen in the order.
         claimed: The strong order claimed.
         seed: Of the paths, 0 <= seed < 2^63.
 
@@ -179,7 +179,8 @@ def strong_order(
     steps = check_grids(grids)
     check_grids([*grids, finest])
     asked: set[float] = set()
-    for method, grid in [*((solver, grid) for grid in grids), (reference, finest), (reference, finest[::2])]:
+    own = [(reference, finest[::every]) for every in (1, 2, 4)]
+    for method, grid in [*((solver, grid) for grid in grids), *own]:
         recorder = Recorder()
         endpoint(method, term, torch.zeros_like(x[:1]), grid, recorder)
         asked |= recorder.times
