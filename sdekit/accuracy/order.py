@@ -4,8 +4,10 @@ With the mean error e_g over P independent problems on grids of N_g steps, h_g =
 
     estimate    the least-squares slope of log2 e_g against log2 h_g over the finest grids
     std_error   its jackknife over the problems: all grids of one problem are left out together
-    proven      the lower 95% bound of the estimate lies above the claim less 0.2
+    proven      the lower 95% bound of the estimate lies above the claim less 0.2, and the slope from each of these
+                grids to the next above the claim less 0.5
 
+The second condition is for errors that change sign: where they happen to vanish near a grid, any slope can be had.
 The slope is not weighted: on these grids the errors are systematic and not noise, so that weights by their spread would
 favour coarse grids, which are the biased ones. Of three grids that double, the slope uses the two outer ones only.
 """
@@ -32,7 +34,7 @@ from ..solver.base import Solver
 from ..terms import Term
 
 FINEST = 3  # grids that the slope is taken over
-_SLACK = 0.2  # what a proven order may fall short of its claim
+_SLACK, _LOCAL_SLACK = 0.2, 0.5  # what a proven order, and its slope between two grids, may fall short of the claim
 _CLEAN = 5.0  # a reference wrong by 1/5 of the finest error moves a slope over three grids by at most 0.15
 _SLOWEST = 1.25  # least ratio of a reference's successive changes to go by; rounding does not shrink at all
 
@@ -66,39 +68,42 @@ class Order:
         return self.estimate - float(stdtrit(self.problems - 1, confidence)) * self.std_error
 
     @property
+    def slopes(self) -> tuple[float, ...]:
+        """The slope from each grid to the next."""
+        errors, steps = (torch.tensor(part, dtype=torch.float64).log2() for part in (self.errors, self.steps))
+        return tuple((errors.diff() / steps.diff()).tolist())
+
+    @property
     def proven(self) -> bool:
-        """Whether the lower 95% bound exceeds the claim less 0.2, against a reference good enough to say so."""
-        return self.lower() > self.claimed - _SLACK and _CLEAN * self.floor <= self.errors[-1]
+        """Whether bound and slopes exceed the claim as the module says, with a reference good enough to say so."""
+        steady = min(self.slopes[1 - FINEST :]) > self.claimed - _LOCAL_SLACK
+        return self.lower() > self.claimed - _SLACK and steady and _CLEAN * self.floor <= self.errors[-1]
 
 
-def order_of(
-    errors: Tensor, steps: Sequence[float], claimed: float, *, floor: float = 0.0, finest: int = FINEST
-) -> Order:
+def order_of(errors: Tensor, steps: Sequence[float], claimed: float, *, floor: float = 0.0) -> Order:
     """The order observed in errors of independent problems on grids that are refined.
 
     Args:
-        errors: (G, P) errors >= 0 of P >= 2 problems on G grids, coarsest first; inf for a solve that failed.
+        errors: (G, P) errors >= 0 of P >= 2 problems on G >= 3 grids, coarsest first; inf for a solve that failed.
         steps: G mean steps, strictly decreasing.
         claimed: The order claimed.
         floor: Mean error of the reference.
-        finest: How many of the finest grids the slope is taken over, 2 to G.
 
     Raises:
         ValueError: Shapes or values that do not fit.
     """
-    require_count("finest", finest, 2)
     lengths = torch.tensor(list(steps), dtype=torch.float64)
-    if errors.dim() != 2 or errors.shape[1] < 2 or errors.shape[0] != lengths.shape[0] or errors.shape[0] < finest:
+    if errors.dim() != 2 or errors.shape[1] < 2 or errors.shape[0] != lengths.shape[0] or errors.shape[0] < FINEST:
         raise ValueError(
             f"errors.shape={tuple(errors.shape)} with {lengths.shape[0]} steps; (G, P) with one row a step, "
-            f"G >= finest={finest} and P >= 2 problems are needed."
+            f"G >= {FINEST} and P >= 2 problems are needed."
         )
     if not bool((lengths > 0).all() and (lengths.diff() < 0).all()):
         raise ValueError(f"steps={list(steps)!r}; positive, strictly decreasing steps are needed: coarsest grid first.")
     if bool((errors < 0).any()):
         raise ValueError(f"errors holds {float(errors.min()):.3g}; errors of at least 0 are needed: take norms.")
-    used, count = errors[-finest:].double(), errors.shape[1]
-    log_steps = lengths[-finest:].log2()
+    used, count = errors[-FINEST:].double(), errors.shape[1]
+    log_steps = lengths[-FINEST:].log2()
     weights = log_steps - log_steps.mean()
     weights = weights / weights.square().sum()
     means = errors.double().mean(1)
