@@ -139,7 +139,7 @@ def half_log_snr_grids(
         shift = torch.tensor([0.0, uneven, -uneven], dtype=torch.float64).repeat(n // 3 + 1)[: n + 1]
         shift[-1] = 0.0
         grids.append(sde.clamp(sde.time_at(first + (last - first) * (place + shift) / n)))
-    for grid in grids[1:]:  # the ends of all grids are to agree to the bit
+    for grid in grids[1:]:  # to the bit: vectorised functions round by position
         grid[0], grid[-1] = grids[0][0], grids[0][-1]
     return grids
 

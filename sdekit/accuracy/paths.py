@@ -41,13 +41,11 @@ class Recorder(_NoUniform):
     Attributes:
         draws: The codes of the draws asked for, each once, in their order.
         times: Every time at which the path was asked for.
-        normals: Whether normals were drawn that no path depends on.
     """
 
     def __init__(self) -> None:
         self.draws: dict[int, None] = {}
         self.times: set[float] = set()
-        self.normals = False
 
     def _note(self, kind: int, step: Tensor, lane: int) -> None:
         self.draws.update(dict.fromkeys(_code(kind, step, lane).tolist()))
@@ -63,7 +61,6 @@ class Recorder(_NoUniform):
 
     def normal(self, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
         self._note(_NORMAL, step, lane)
-        self.normals = True
         return torch.zeros_like(like)
 
     def take(self, rows: Tensor) -> Recorder:

@@ -184,6 +184,18 @@ def test_flow_solvers_have_the_order_they_claim(sde, solver, counts):
     assert found.estimate == pytest.approx(solver.order, abs=0.25)
 
 
+def test_a_method_that_starts_up_in_place_is_measured_in_its_own_variable():
+    sde = SDES["sub-vp"]
+    grids = half_log_snr_grids(sde, (24, 48, 96))
+    first, last = float(grids[0][0]), float(grids[0][-1])
+    x = sde.perturb(AXES.sample(16), first, draw(4, 16, 8))
+    keys = sdekit.Hutchinson.keys(0, torch.arange(16))
+    term = sdekit.LikelihoodFlow(AXES.score_model(sde), None, x.shape[1:], keys)
+    exact = AXES.flow_map(sde, x, first, last)
+    assert deterministic_order(sdekit.Adams(3), term, x, exact, grids).proven
+    assert not deterministic_order(sdekit.Adams(2), term, x, exact, grids, claimed=3).proven
+
+
 def test_heun_with_other_weights_is_not_proven():
     bent = sdekit.Tableau("bent", 2, None, HEUN.c, HEUN.a, (Q(9, 20), Q(11, 20)), None, "a test")
     found = gaussian_flow(sdekit.RungeKutta(bent), SDES["vp"], (24, 48, 96))
@@ -327,6 +339,20 @@ def test_noise_ten_percent_too_large_is_not_proven():
     assert weak(Maruyama(), SDES["vp"], counts=counts).proven
     assert not weak(Maruyama(1.1), SDES["vp"], counts=counts).proven
     assert not weak(Maruyama(1.1), SDES["vp"], counts=counts, transition=False).proven
+
+
+@dataclass(frozen=True)
+class Drifting(Maruyama):
+    """Euler and Maruyama's method with a constant added to its drift: the mean alone is wrong."""
+
+    def propose(self, term: Any, s0: Any, s1: Any, z: Any, memory: Any, path: Any) -> Proposal:
+        found = Maruyama.propose(self, term, s0, s1, z, memory, path)
+        return found._replace(z=found.z + column(2.0 * (s1 - s0), z))
+
+
+@pytest.mark.parametrize("transition", [True, False])
+def test_a_mean_that_is_wrong_is_not_proven(transition):
+    assert not weak(Drifting(), SDES["vp"], counts=(24, 48, 96), transition=transition).proven
 
 
 @dataclass(frozen=True)
