@@ -66,6 +66,9 @@ class Method(NamedTuple):
     transition: bool = True
 
 
+MANY = (48, 96, 192)
+COARSE = {2: (24, 48, 96, 192), 3: (48, 96, 192, 384), 4: (48, 96, 192, 384)}
+SRA = {1: sdekit.SRA1(), 2: sdekit.SRA2(), 3: sdekit.SRA3()}
 METHODS = (
     Method("Euler", sdekit.Euler(), flow, 1, counts=(48, 96, 192, 384)),
     Method("Heun", sdekit.Heun(), flow, 2),
@@ -77,16 +80,59 @@ METHODS = (
     Method("Tsit5, mixed variable", sdekit.Tsit5(), mixed, 5, counts=(24, 48, 96)),
     Method("Dopri8", sdekit.Dopri8(), flow, 8, counts=(9, 18, 36)),
     Method("Heun, mixed variable", sdekit.Heun(), mixed, 2),
-    Method("Adams(2)", sdekit.Adams(2), mixed, 2),
-    Method("Adams(3)", sdekit.Adams(3), mixed, 3),
-    Method("DPMSolverPP(1)", sdekit.DPMSolverPP(1), flow, 1),
-    Method("DPMSolverPP(2)", sdekit.DPMSolverPP(2), flow, 2),
-    Method("EulerMaruyama, eta 1", sdekit.EulerMaruyama(), reverse(1.0), None, 1, 1, (48, 96, 192)),
-    Method("EulerMaruyama, eta 0.5", sdekit.EulerMaruyama(), reverse(0.5), None, 1, 1, (48, 96, 192)),
+    *(Method(f"Adams({p}), mixed variable", sdekit.Adams(p), mixed, p) for p in (2, 3)),
+    *(Method(f"Adams({p}, inside), mixed variable", sdekit.Adams(p, "inside"), mixed, p) for p in (4, 5)),
+    Method("DDIM", sdekit.DDIM(), flow, 1, counts=(48, 96, 192, 384)),
+    *(Method(f"DPMSolver({p})", sdekit.DPMSolver(p), flow, p) for p in (1, 2, 3)),
+    *(Method(f"DPMSolverPP({p}), multistep", sdekit.DPMSolverPP(p), flow, p) for p in (1, 2, 3)),
+    *(Method(f"DPMSolverPP({p}), single-step", sdekit.DPMSolverPP(p, multistep=False), flow, p) for p in (2, 3)),
+    Method("DPMSolverPP(2), as published", sdekit.DPMSolverPP(2, compat=True), flow, 2),
+    Method("DPMSolverPP(3), as published", sdekit.DPMSolverPP(3, compat=True), flow, 2),
+    *(Method(f"DEIS({p}) in t", sdekit.DEIS(p), flow, p, counts=COARSE[p]) for p in (2, 3, 4)),
+    *(Method(f"DEIS({p}) in rho", sdekit.DEIS(p, "rho"), flow, p, counts=COARSE[p]) for p in (2, 3, 4)),
+    *(Method(f"UniPC({p}), bh1", sdekit.UniPC(p, "bh1"), flow, p + 1) for p in (1, 2, 3)),
+    *(Method(f"UniPC({p}), bh2", sdekit.UniPC(p, "bh2"), flow, p + 1) for p in (1, 2, 3)),
+    *(Method(f"UniPC({p}), noise", sdekit.UniPC(p, "bh2", "noise"), flow, p + 1) for p in (1, 2, 3)),
+    Method("SASolver(3, 3), eta 0", sdekit.SASolver(3, 3), flow, 4),
+    *(
+        Method(f"EulerMaruyama, eta {eta:g}", sdekit.EulerMaruyama(), reverse(eta), None, 1, 1, MANY)
+        for eta in (0.5, 1.0)
+    ),
+    Method("Ancestral, small", sdekit.Ancestral("small"), reverse(1.0), None, 1, 1, MANY),
+    Method("Ancestral, large", sdekit.Ancestral("large"), reverse(1.0), None, 1, 1, MANY),
+    *(
+        Method(f"ReverseDiffusion, eta {eta:g}", sdekit.ReverseDiffusion(), reverse(eta), None, 1, 1, MANY)
+        for eta in (0.5, 1.0)
+    ),
+    *(Method(f"DDIM({eta:g})", sdekit.DDIM(eta), reverse(eta), None, 1, 1, MANY) for eta in (0.5, 1.0)),
+    *(
+        Method(f"SDEDPMSolver, eta {eta:g}", sdekit.SDEDPMSolver(), reverse(eta), None, 1, 1, MANY)
+        for eta in (0.5, 1.0)
+    ),
+    *(
+        Method(f"SDEDPMSolverPP(1), eta {eta:g}", sdekit.SDEDPMSolverPP(1), reverse(eta), None, 1, 1, MANY)
+        for eta in (0.5, 1.0)
+    ),
+    *(
+        Method(f"SDEDPMSolverPP(2), eta {eta:g}", sdekit.SDEDPMSolverPP(2), reverse(eta), None, 2, 1)
+        for eta in (0.5, 1.0)
+    ),
+    Method("SDEDPMSolverPP(2), as published", sdekit.SDEDPMSolverPP(2, compat=True), reverse(1.0), None, 2, 1),
+    Method("SEEDS(1)", sdekit.SEEDS(1), reverse(1.0), None, 1, 1, MANY),
+    Method("SEEDS(2)", sdekit.SEEDS(2), reverse(1.0), None, 2, 1),
+    *(Method(f"SASolver(2, 2), eta {eta:g}", sdekit.SASolver(2, 2), reverse(eta), None, 2, 1) for eta in (0.5, 1.0)),
+    Method("SASolver(3, 3), eta 1", sdekit.SASolver(3, 3), reverse(1.0), None, 2, 1),
+    *(Method(f"StochasticHeun, eta {eta:g}", sdekit.StochasticHeun(), reverse(eta), None, 2, 1) for eta in (0.5, 1.0)),
+    *(
+        Method(f"SRA{n}, eta {eta:g}", solver, reverse(eta), None, 2, 1.5)
+        for n, solver in SRA.items()
+        for eta in (0.5, 1.0)
+    ),
+    Method("EDMChurn(1)", sdekit.EDMChurn(1.0), flow, None, 2, None, transition=False),
 )
 
 # Of the strong orders: a method, and how many of its steps go into the finest of STRONG_COUNTS.
-STRONG_REFERENCE, STRONG_FINER = sdekit.EulerMaruyama(), 16
+STRONG_REFERENCE, STRONG_FINER = sdekit.SRA1(), 6
 STRONG_COUNTS = (12, 24, 48)
 FLOW_REFERENCE, FLOW_STEPS = sdekit.Dopri8(), 256
 

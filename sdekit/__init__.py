@@ -5,7 +5,7 @@ probability-flow solvers, exact targets to measure them against.
 """
 
 from . import grid, targets
-from .brownian import BrownianPath, IndependentIncrements
+from .brownian import BrownianMotion, BrownianPath, IndependentIncrements
 from .controller import PID, Controller, FixedGrid, Nats
 from .divergence import Divergence, Exact, Hutchinson
 from .errors import (
@@ -100,6 +100,7 @@ __all__ = [
     "AnnealedLangevin",
     "BatchSNRLangevin",
     "BogackiShampine",
+    "BrownianMotion",
     "BrownianPath",
     "Controller",
     "Corrector",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .brownian import BrownianPath
+from .brownian import BrownianMotion, BrownianPath
 from .controller import Controller, FixedGrid, Nats
 from .sde.base import as_time
 from .solver.base import Solver
@@ -36,6 +37,20 @@ def check_path(path: BrownianPath | None, x: Tensor) -> None:
         raise ValueError(
             f"the path is for {len(path)} samples, x0 has {x.shape[0]}: pass one index a sample, "
             "e.g. sdekit.IndependentIncrements(seed, torch.arange(len(x0)))."
+        )
+
+
+def check_span(path: BrownianPath | None, s0: Tensor, s_end: Tensor) -> None:
+    """Raises ValueError where a solve leaves the times its path is for: beyond them it stands still."""
+    if not isinstance(path, BrownianMotion):
+        return
+    low, high = (choose(path.start, path.end) for choose in (torch.minimum, torch.maximum))
+    slack = 1e-9 * (high - low)
+    inside = (torch.minimum(s0, s_end) >= low - slack) & (torch.maximum(s0, s_end) <= high + slack)
+    if not bool(inside.all()):
+        raise ValueError(
+            f"the path is for {float(low.min()):.6g} to {float(high.max()):.6g} in the equation's coordinate, the "
+            f"solve goes from {float(s0[0]):.6g} to {float(s_end[0]):.6g}: make it for term.coordinate(t0) to (t_end)."
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import require_batch, require_count, require_indices, require_positive, require_same_device
-from ._fit import check_direction, check_grid_ends, check_method, check_path, times_of
+from ._fit import check_direction, check_grid_ends, check_method, check_path, check_span, times_of
 from ._tensor import all_finite, put, select, take, working
 from .brownian import BrownianPath
 from .controller import Controller, FixedGrid, Step
@@ -236,6 +236,7 @@ def integrate(
     numbers = require_indices(indices, x0.shape[0], x0.device)
     s0, s_end = term.coordinate(begin_at), term.coordinate(end_at)
     check_direction(term, controller, s0, s_end)
+    check_span(path, s0, s_end)
     problem = Problem(term, solver, controller, s_end, path, max_evaluations)
     limits = check_limits(max_evaluations, wall_time, progress)._replace(keep_path=return_path)
     with torch.inference_mode(False), torch.no_grad():

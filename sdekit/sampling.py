@@ -27,7 +27,7 @@ from ._checks import (
     require_seed,
 )
 from ._random import Stream
-from .brownian import IndependentIncrements
+from .brownian import BrownianMotion, BrownianPath, IndependentIncrements
 from .controller import PID, Controller, FixedGrid
 from .divergence import Hutchinson
 from .errors import NetworkError, PartialResultWarning, SolveError
@@ -35,6 +35,7 @@ from .grid import likelihood as likelihood_grid
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
+from .sde.base import as_time
 from .solution import Solution, Status
 from .solver.adams import Adams
 from .solver.base import Solver
@@ -109,7 +110,12 @@ def sample(
     count = steps if steps is not None else (_SDE_STEPS if level > 0 else _FLOW_STEPS)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
     draws = chosen.draws or isinstance(term, ReverseSDE)
-    path = IndependentIncrements(seed, numbers) if draws else None
+    path: BrownianPath | None = None
+    if draws and judge.needs_error:
+        s0, s1 = (term.coordinate(as_time(t)) for t in (model.sde.t_max, model.sde.t_min))
+        path = BrownianMotion(seed, numbers, float(s0), float(s1))
+    elif draws:
+        path = IndependentIncrements(seed, numbers)
     with torch.no_grad():
         solution = solve(
             *(term, chosen, judge, start, model.sde.t_max, model.sde.t_min, path, numbers),

@@ -215,7 +215,8 @@ class EqualSteps(Solver):
 
     def propose(self, term: Any, s0: Any, s1: Any, z: Any, memory: Any, path: Any) -> Proposal:
         here, there = (term.model.sde.half_log_snr(term.time(s)) for s in (s0, s1))
-        return self.inner.propose(term, s0, s1, z, memory._replace(half_log_snr=2.0 * here - there), path)
+        before = torch.cat(((2.0 * here - there)[:, None], memory.nodes[:, 1:]), 1)
+        return self.inner.propose(term, s0, s1, z, memory._replace(nodes=before), path)
 
 
 def test_a_multistep_method_with_the_coefficients_of_equal_steps_passes_on_equal_steps_only():
