@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sdekit
-from sdekit.brownian import BrownianMotion
+from sdekit.brownian_motion import BrownianMotion
 from sdekit.model.nets import MLP
 
 from .common import Goal, Report, Table, arguments

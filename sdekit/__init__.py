@@ -5,7 +5,8 @@ probability-flow solvers, exact targets to measure them against.
 """
 
 from . import grid, targets
-from .brownian import BrownianMotion, BrownianPath, IndependentIncrements
+from .brownian import BrownianPath, IndependentIncrements
+from .brownian_motion import BrownianMotion
 from .controller import PID, Controller, FixedGrid, Nats
 from .divergence import Divergence, Exact, Hutchinson
 from .errors import (

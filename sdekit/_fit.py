@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .brownian import BrownianMotion, BrownianPath
+from .brownian import BrownianPath
+from .brownian_motion import BrownianMotion
 from .controller import Controller, FixedGrid, Nats
 from .sde.base import as_time
 from .solver.base import Solver

@@ -15,6 +15,7 @@ Grids are float64, of shape (n + 1,), from t_max to t_min with exact ends; `.fli
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -87,6 +88,19 @@ class MixedTime:
         return torch.where(s <= 0.0, self.sde.t_min, torch.where(s >= 1.0, self.sde.t_max, t))
 
 
+@lru_cache(maxsize=64)
+def _made(sde: SDE, data_std: float) -> MixedTime:
+    return MixedTime(sde, data_std)
+
+
+def mixed_time(sde: SDE, data_std: float) -> MixedTime:
+    """The mixed variable of an SDE, made once where the SDE has a hash."""
+    try:
+        return _made(sde, data_std)
+    except TypeError:
+        return MixedTime(sde, data_std)
+
+
 def _with_exact_ends(times: Tensor, sde: SDE) -> Tensor:
     times = sde.clamp(times)
     times[0], times[-1] = sde.t_max, sde.t_min
@@ -138,5 +152,14 @@ def likelihood(sde: SDE, n: int, data_std: float = 0.5) -> Tensor:
         data_std: The data's standard deviation, > 0 (`model.data_std`).
     """
     require_count("n", n)
-    mixed = MixedTime(sde, data_std)
-    return _with_exact_ends(mixed.time(torch.linspace(1.0, 0.0, n + 1, dtype=torch.float64)), sde)
+    require_positive("data_std", data_std)
+    try:
+        return _likelihood(sde, n, data_std).clone()
+    except TypeError:  # an SDE without a hash
+        return _likelihood.__wrapped__(sde, n, data_std)
+
+
+@lru_cache(maxsize=64)
+def _likelihood(sde: SDE, n: int, data_std: float) -> Tensor:
+    times = mixed_time(sde, data_std).time(torch.linspace(1.0, 0.0, n + 1, dtype=torch.float64))
+    return _with_exact_ends(times, sde)

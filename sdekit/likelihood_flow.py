@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._tensor import column, dot, flatten
 from .divergence import Divergence, Hutchinson
-from .grid import MixedTime
+from .grid import MixedTime, mixed_time
 from .ledger import Note, note
 from .model.parameterization import Mix, conversion
 from .model.score_model import ScoreModel
@@ -63,7 +63,7 @@ class LikelihoodFlow(Term):
         self.divergence = divergence
         self.event = event
         self.keys = keys
-        self.mixed = MixedTime(model.sde, model.data_std) if mixed is None else mixed
+        self.mixed = mixed_time(model.sde, model.data_std) if mixed is None else mixed
         self._variance = model.data_std**2
 
     @property

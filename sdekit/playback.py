@@ -11,15 +11,18 @@ from tqdm import tqdm
 
 from ._fit import check_method
 from ._tensor import all_finite, working
-from .brownian import BrownianPath
+from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
 from .errors import NetworkError
 from .integrate import Limits, check_limits, finish, integrate
 from .model.score_model import ScoreModel
+from .recording import recorded, usable
 from .solution import Path, Solution, Stats, Status
 from .solver.base import Solver
-from .tape import Draw, Tape, added, recorded, usable
+from .tape import Draw, Tape, added
 from .terms import Term
+
+_BLOCK = 1 << 15  # numbers drawn at once
 
 
 class Played(NamedTuple):
@@ -46,10 +49,11 @@ def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, st
         limits: As in the loop. Between calls nothing is asked of the device.
     """
     z, t, made, calls = x, start, 0, 0
+    inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
-    noise: dict[int, Tensor] = {}
-    until = _last_uses(tape)
-    call_network = model.caller(x)
+    noise = _Noise(tape, path, x)
+    labels = torch.tensor([call.label for step in tape.steps for call in step.calls], dtype=torch.float64)
+    call_network = model.caller(x, labels)
     seen = [(start, x)] if limits.keep_path else []
     stopped: Status | None = None
     error: NetworkError | None = None
@@ -61,18 +65,21 @@ def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, st
                 stopped = Status.TIME_LIMIT
                 break
             for call in step.calls:
-                noise.update((n, _drawn(tape.draws[n], path, z)) for n in call.draws)
-                outputs[calls] = call_network(added(call.given, z, outputs, noise), call.label)
+                noise.ask(call.draws)
+                inputs[calls] = added(call.given, z, inputs, outputs, noise.known)
+                outputs[calls] = call_network(inputs[calls], calls)
                 calls += 1
-            noise.update((n, _drawn(tape.draws[n], path, z)) for n in step.draws)
-            z, t, made = added(step.after, z, outputs, noise), step.t, made + 1
-            for old in [j for j in outputs if until[0][j] <= made]:
-                del outputs[old]
-            for old in [n for n in noise if until[1][n] <= made]:
-                del noise[old]
+            noise.ask(step.draws)
+            z, t, made = added(step.after, z, inputs, outputs, noise.known), step.t, made + 1
+            for j in step.spent:
+                outputs.pop(j, None)
+                inputs.pop(j, None)
+            for n in step.drawn:
+                noise.known.pop(n, None)
             if limits.keep_path:
                 seen.append((t, z))
-            bar.update()
+            if limits.progress:
+                bar.update()
     except NetworkError as caught:
         error = caught
     except KeyboardInterrupt:
@@ -82,16 +89,28 @@ def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, st
     return Played(z, t, made, calls, stopped, error, seen)
 
 
-def _last_uses(tape: Tape) -> tuple[list[int], list[int]]:
-    """For each output and draw, the number of steps after which it is no longer needed."""
-    outputs, draws = [0] * tape.calls, [0] * len(tape.draws)
-    for k, step in enumerate(tape.steps):
-        for terms in (*(call.given for call in step.calls), step.after):
-            for _, j in terms.outputs:
-                outputs[j] = k + 1
-            for _, n in terms.draws:
-                draws[n] = k + 1
-    return outputs, draws
+class _Noise:
+    """The answers of a path to a tape's questions, in blocks where the path can give them so.
+
+    Attributes:
+        known: Those that were asked and are still needed.
+    """
+
+    def __init__(self, tape: Tape, path: BrownianPath | None, like: Tensor) -> None:
+        self.known: dict[int, Tensor] = {}
+        self._tape, self._path, self._like = tape, path, like
+        self._ahead = max(1, _BLOCK // max(1, like.numel())) if isinstance(path, IndependentIncrements) else 0
+
+    def ask(self, numbers: tuple[int, ...]) -> None:
+        """Makes the draws of these numbers known."""
+        for n in numbers:
+            if n in self.known:
+                continue
+            if self._ahead and isinstance(self._path, IndependentIncrements):
+                asked = self._tape.draws[n : n + self._ahead]
+                self.known.update(zip(range(n, n + len(asked)), self._path.block(asked, self._like), strict=True))
+            else:
+                self.known[n] = _drawn(self._tape.draws[n], self._path, self._like)
 
 
 def _drawn(draw: Draw, path: BrownianPath | None, like: Tensor) -> Tensor:

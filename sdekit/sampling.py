@@ -27,9 +27,9 @@ from ._checks import (
     require_seed,
 )
 from ._random import Stream
-from .brownian import BrownianMotion, BrownianPath, IndependentIncrements
+from .brownian import BrownianPath, IndependentIncrements
+from .brownian_motion import BrownianMotion
 from .controller import PID, Controller, FixedGrid
-from .divergence import Hutchinson
 from .errors import NetworkError, PartialResultWarning, SolveError
 from .grid import likelihood as likelihood_grid
 from .likelihood_flow import LikelihoodFlow
@@ -106,7 +106,7 @@ def sample(
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     chosen = solver if solver is not None else (EulerMaruyama() if level > 0 else Adams(_SAMPLING_ORDER))
-    term = _equation(model, chosen, level, start.shape[1:], Hutchinson.keys(seed, numbers))
+    term = _equation(model, chosen, level, start)
     count = steps if steps is not None else (_SDE_STEPS if level > 0 else _FLOW_STEPS)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
     draws = chosen.draws or isinstance(term, ReverseSDE)
@@ -248,12 +248,13 @@ def _level(solver: Solver | None, eta: float | None) -> float:
     return eta
 
 
-def _equation(model: ScoreModel, solver: Solver, level: float, event: torch.Size, keys: Tensor) -> Term:
+def _equation(model: ScoreModel, solver: Solver, level: float, x: Tensor) -> Term:
     """The equation that the solver integrates at this noise level, in the coordinates it works in."""
     if level > 0 or solver.equation == "reverse":
         return ReverseSDE(model, level)
     if solver.equation == "any":
-        return LikelihoodFlow(model, None, event, keys)
+        keys = torch.zeros(x.shape[0], 2, dtype=torch.int64, device=x.device)  # without a density nothing is probed
+        return LikelihoodFlow(model, None, x.shape[1:], keys)
     return ProbabilityFlow(model)
 
 
@@ -279,7 +280,7 @@ def _transport(
     numbers = require_indices(None, x.shape[0], x.device)
     if chosen.equation == "reverse" or chosen.draws:
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
-    term = _equation(model, chosen, 0.0, x.shape[1:], Hutchinson.keys(0, numbers))
+    term = _equation(model, chosen, 0.0, x)
     with torch.no_grad():
         return solve(
             *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),

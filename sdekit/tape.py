@@ -1,39 +1,10 @@
-"""A solve on a fixed grid, recorded once as plain numbers and played back with nothing around the network.
-
-On a fixed grid every method without a step control is linear in the start, the network's outputs and the noise drawn:
-
-    input of call e    x_e = a_e z_k + sum_j b_ej out_j + sum_n c_en xi_n          z_k the state at the step's start
-    state after it     z_{k+1} = a z_k + sum_j b_j out_j + sum_n c_n xi_n
-
-and all coefficients are known before the network is asked. They are read off from the one loop itself: it is run on a
-batch in which row 0 starts at 1 and every other row has a single output or draw equal to 1, all else 0. So no method
-states its coefficients twice, and playing back gives what the loop gives, to rounding, at a tenth of the cost around
-the network.
-"""
+"""What a recorded solve is made of: plain numbers, and the sums that they weigh (see recording.py)."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from .controller import FixedGrid
-from .divergence import Hutchinson
-from .errors import SdekitError
-from .integrate import Limits, Problem, begin, drive
-from .likelihood_flow import LikelihoodFlow
-from .model.score_model import ScoreModel
-from .solution import Status
-from .solver.base import Solver
-from .terms import ProbabilityFlow, ReverseSDE, Term
-
-MOST_CALLS = 512  # longer recordings take seconds
-_KEPT = 64  # recordings held
-_NOTHING = 1e-11  # a coefficient is 0 if it is the difference of two numbers this much larger
-_AGREE = 1e-8  # what a recording may differ by from the loop it was read off
+from torch import Tensor
 
 
 class Draw(NamedTuple):
@@ -47,11 +18,15 @@ class Draw(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """a z + sum of (coefficient, output) and (coefficient, draw)."""
+    """a z + sums of (coefficient, number): of inputs and outputs of calls, and of draws."""
 
     a: float
+    inputs: tuple[tuple[float, int], ...]
     outputs: tuple[tuple[float, int], ...]
     draws: tuple[tuple[float, int], ...]
+
+
+SAME = Sum(1.0, (), (), ())
 
 
 class Call(NamedTuple):
@@ -63,12 +38,14 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The calls of a step, and the state after it; draws asked after its last call; the last output still needed."""
+    """The calls of a step; the state after it; draws asked before that; the time; calls and draws needed no more."""
 
     calls: tuple[Call, ...]
     after: Sum
     draws: tuple[int, ...]
     t: float
+    spent: tuple[int, ...] = ()
+    drawn: tuple[int, ...] = ()
 
 
 class Tape(NamedTuple):
@@ -79,209 +56,17 @@ class Tape(NamedTuple):
     calls: int
 
 
-class _Network(nn.Module):
-    """Answers call e with 1 in row 1 + e and 0 elsewhere, and keeps what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: list[Tensor] = []
-        self.labels: list[float] = []
-        self.asked: list[int] = []  # draws before each call
-        self.path: _Path | None = None
-
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        row = 1 + len(self.given)
-        if row < len(x):
-            out[row] = 1.0
-        self.given.append(x[:, 0].clone())
-        self.labels.append(float(label[0]))
-        self.asked.append(0 if self.path is None else len(self.path.draws))
-        return out
-
-
-class _Path:
-    """Answers draw n with 1 in row `first` + n and 0 elsewhere, and keeps what it was asked."""
-
-    refinable = False
-
-    def __init__(self, rows: int, first: int) -> None:
-        self.rows = rows
-        self.first = first
-        self.draws: list[Draw] = []
-
-    def _answer(self, kind: str, s0: Tensor | None, s1: Tensor | None, step: Tensor, like: Tensor, lane: int) -> Tensor:
-        ends = (0.0, 0.0) if s0 is None or s1 is None else (float(s0[0]), float(s1[0]))
-        out = torch.zeros_like(like)
-        if self.first + len(self.draws) < self.rows:
-            out[self.first + len(self.draws)] = 1.0
-        self.draws.append(Draw(kind, *ends, int(step[0]), lane))
-        return out
-
-    def increment(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
-        return self._answer("increment", s0, s1, step, like, lane)
-
-    def levy(self, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self._answer("levy", s0, s1, step, like, 0), self._answer("area", s0, s1, step, like, 0)
-
-    def normal(self, step: Tensor, like: Tensor, lane: int = 0) -> Tensor:
-        return self._answer("normal", None, None, step, like, lane)
-
-    def uniform(self, step: Tensor, lane: int = 0) -> Tensor:
-        raise SdekitError("a method with acceptance tests is not linear.")
-
-    def take(self, rows: Tensor) -> _Path:
-        raise SdekitError("a recording keeps all of its rows.")
-
-    def __len__(self) -> int:
-        return self.rows
-
-
-def usable(solver: Solver, controller: Any, term: Term) -> bool:
-    """Whether a solve can be recorded: a fixed grid of moderate length, a linear method, no density, no report."""
-    if not isinstance(controller, FixedGrid) or not solver.linear or type(solver).report is not Solver.report:
-        return False
-    return (len(controller.times) + 8) * solver.evaluations <= MOST_CALLS and not term.has_density
-
-
-_recordings: OrderedDict[Hashable, Tape | None] = OrderedDict()
-
-
-def recorded(term: Term, solver: Solver, controller: FixedGrid) -> Tape | None:
-    """The recording of this solve, from the cache or made now; None where playing back would not be the same."""
-    model = term.model
-    kind = (type(term), term.eta) if isinstance(term, ReverseSDE) else (type(term),)
-    key = (kind, solver, model.sde, model.parameterization, model.data_std, tuple(controller.times.tolist()))
-    try:
-        hash(key)
-    except TypeError:
-        return _record(term, solver, controller)
-    if key not in _recordings:
-        _recordings[key] = _record(term, solver, controller)
-        while len(_recordings) > _KEPT:
-            _recordings.popitem(last=False)
-    _recordings.move_to_end(key)
-    return _recordings[key]
-
-
-def _stand_in(term: Term, network: nn.Module, rows: int) -> Term:
-    """The same equation of one dimension around another network."""
-    model = ScoreModel(network, term.model.sde, term.model.parameterization, term.model.data_std).eval()
-    if isinstance(term, ReverseSDE):
-        return ReverseSDE(model, term.eta)
-    if isinstance(term, LikelihoodFlow):
-        keys = Hutchinson.keys(0, torch.arange(rows))
-        return LikelihoodFlow(model, None, torch.Size([1]), keys, term.mixed)
-    return ProbabilityFlow(model)
-
-
-class _Run(NamedTuple):
-    """What a run on the recording network left: inputs (E, R), states (n + 1, R), steps made before each call."""
-
-    given: Tensor
-    states: Tensor
-    times: Tensor
-    before: list[int]
-    network: _Network
-    draws: list[Draw]
-
-
-def _run(term: Term, solver: Solver, controller: FixedGrid, rows: int, first: int) -> _Run | None:
-    network = _Network()
-    path = _Path(rows, first) if solver.draws or isinstance(term, ReverseSDE) else None
-    network.path = path
-    equation = _stand_in(term, network, rows)
-    x0 = torch.zeros(rows, 1, dtype=torch.float64)
-    x0[0] = 1.0
-    times = controller.times.double().cpu()
-    s0, s_end = (equation.coordinate(times[place].expand(rows).contiguous()) for place in (0, -1))
-    problem = Problem(equation, solver, FixedGrid(times), s_end, path, 10 * MOST_CALLS)
-    outcome = drive(problem, begin(problem, s0, equation.enter(x0, s0)), Limits(10 * MOST_CALLS, None, False, True))
-    if not bool((outcome.carry.status == Status.DONE).all()):
-        return None
-    states: list[Tensor] = []
-    reached: list[Tensor] = []
-    before: list[int] = []
-    for accepted, s, z in outcome.seen:
-        if int(accepted[0]) == len(states):
-            states.append(equation.leave(z, s)[:, 0])
-            reached.append(equation.time(s)[0])
-        before += [int(accepted[0])] * solver.evaluations
-    given = torch.stack(network.given)
-    draws = [] if path is None else path.draws
-    return _Run(given, torch.stack(states), torch.stack(reached), before[: len(given)], network, draws)
-
-
-def _record(term: Term, solver: Solver, controller: FixedGrid) -> Tape | None:
-    with torch.no_grad():
-        counted = _run(term, solver, controller, 1, 1)
-        if counted is None:
-            return None
-        calls, draws = len(counted.given), len(counted.draws)
-        run = _run(term, solver, controller, 1 + calls + draws, 1 + calls)
-    if run is None or not bool(torch.isfinite(run.given).all() & torch.isfinite(run.states).all()):
-        return None
-    if bool((run.states[:, 0] == 0).any()):
-        return None  # a state without a trace of the start cannot be written in terms of another
-    tape = _written(run, calls)
-    return tape if _agrees(tape, run) else None
-
-
-def _sum(target: Tensor, z: Tensor, calls: int) -> Sum:
-    """`target` (R,) as a multiple of `z` and what is left over."""
-    a = float(target[0] / z[0])
-    rest = target - a * z
-    rest[rest.abs() <= _NOTHING * (target.abs() + (a * z).abs())] = 0.0
-    rest[0] = 0.0
-    places = rest.nonzero()[:, 0].tolist()
-    outputs = tuple((float(rest[j]), j - 1) for j in places if j <= calls)
-    return Sum(a, outputs, tuple((float(rest[j]), j - 1 - calls) for j in places if j > calls))
-
-
-def _written(run: _Run, calls: int) -> Tape:
-    steps, asked = [], 0
-    for k in range(len(run.states) - 1):
-        made = []
-        for e in (e for e, before in enumerate(run.before) if before == k):
-            count = run.network.asked[e]
-            made.append(
-                Call(_sum(run.given[e], run.states[k], calls), run.network.labels[e], tuple(range(asked, count)))
-            )
-            asked = count
-        last = k == len(run.states) - 2
-        following = [run.network.asked[e] for e, before in enumerate(run.before) if before == k + 1]
-        after = _sum(run.states[k + 1], run.states[k], calls)
-        count = max([asked, *(n + 1 for _, n in after.draws)]) if not last else len(run.draws)
-        count = min([count, *following[:1]])
-        steps.append(Step(tuple(made), after, tuple(range(asked, count)), float(run.times[k + 1])))
-        asked = count
-    return Tape(tuple(steps), tuple(run.draws), calls)
-
-
-def _agrees(tape: Tape, run: _Run) -> bool:
-    """Whether playing back on the rows of the recording gives them again."""
-    rows = run.given.shape[1]
-    z = torch.zeros(rows, dtype=torch.float64)
-    z[0] = 1.0
-    unit = torch.eye(rows, dtype=torch.float64)
-    outputs = {j: unit[1 + j] for j in range(tape.calls)}
-    noise = {n: unit[1 + tape.calls + n] for n in range(len(tape.draws))}
-    worst, e = 0.0, 0
-    for k, step in enumerate(tape.steps):
-        for call in step.calls:
-            got = added(call.given, z, outputs, noise)
-            worst = max(worst, float((got - run.given[e]).abs().max() / run.given[e].abs().max().clamp(min=1e-300)))
-            e += 1
-        z = added(step.after, z, outputs, noise)
-        worst = max(worst, float((z - run.states[k + 1]).abs().max() / run.states[k + 1].abs().max()))
-    return worst < _AGREE and e == tape.calls
-
-
-def added(terms: Sum, z: Tensor, outputs: dict[int, Tensor], noise: dict[int, Tensor]) -> Tensor:
+def added(
+    terms: Sum, z: Tensor, inputs: dict[int, Tensor], outputs: dict[int, Tensor], noise: dict[int, Tensor]
+) -> Tensor:
     """The sum, of tensors like `z`."""
-    total = z * terms.a if terms.a != 1.0 else z.clone()
+    if terms is SAME:
+        return z
+    total = z * terms.a
+    for coefficient, j in terms.inputs:
+        total.add_(inputs[j], alpha=coefficient)
     for coefficient, j in terms.outputs:
         total.add_(outputs[j], alpha=coefficient)
-    for coefficient, n in terms.draws:
-        total.add_(noise[n], alpha=coefficient)
+    for coefficient, j in terms.draws:
+        total.add_(noise[j], alpha=coefficient)
     return total

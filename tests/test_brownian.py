@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdekit
-from sdekit import brownian
-from sdekit.brownian import BrownianMotion
+from sdekit import brownian_motion as brownian
+from sdekit.brownian_motion import BrownianMotion
 
 COUNT = 40_000
 LIKE = torch.zeros(COUNT, 1, dtype=torch.float64)

@@ -119,14 +119,11 @@ class ScoreModel(nn.Module):
         seen = x if scale is None else column(scale, x) * x
         return self._answer(seen, self.parameterization.label(self.sde, t), self._dtype(x))
 
-    def caller(self, x: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """The network's own output as a function of its scaled input, like `x` (B, *event), and a label for all."""
+    def caller(self, x: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number."""
         dtype = self._dtype(x)
-
-        def call(seen: Tensor, label: float) -> Tensor:
-            return self._answer(seen, torch.full((seen.shape[0],), label, dtype=dtype, device=seen.device), dtype)
-
-        return call
+        rows = labels.to(x.device, dtype)[:, None].repeat(1, x.shape[0]).unbind(0)
+        return lambda seen, number: self._answer(seen, rows[number], dtype)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)

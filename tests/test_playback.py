@@ -1,0 +1,162 @@
+"""Playing back a recording gives what the loop gives, for every method, and hands over to it where it has to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import PARAMETERIZATIONS, SDES, draw, gaussian, mixture, times
+
+import sdekit
+from sdekit import playback, recording, tape
+
+TARGET = mixture(2, 1)
+METHODS = [
+    sdekit.Euler(),
+    sdekit.RK4(),
+    sdekit.Dopri5(),
+    sdekit.Adams(3),
+    sdekit.Adams(5, "inside"),
+    sdekit.DDIM(),
+    sdekit.DPMSolver(3),
+    sdekit.DPMSolverPP(3),
+    sdekit.DPMSolverPP(3, compat=True),
+    sdekit.DEIS(4),
+    sdekit.UniPC(3),
+    sdekit.SASolver(3, 3),
+    sdekit.EDMChurn(),
+    sdekit.EulerMaruyama(),
+    sdekit.DDIM(0.5),
+    sdekit.SDEDPMSolver(),
+    sdekit.SDEDPMSolverPP(2),
+    sdekit.SEEDS(),
+    sdekit.Ancestral(),
+    sdekit.ReverseDiffusion(),
+    sdekit.StochasticHeun(),
+    sdekit.SRA3(),
+]
+
+
+@pytest.fixture
+def by_the_loop(monkeypatch):
+    """Makes `sample` use the loop."""
+    return lambda: monkeypatch.setattr(playback, "usable", lambda *_: False)
+
+
+def drawn(model, solver, steps=9, **options):
+    return sdekit.sample(model, (4, 2), solver=solver, steps=steps, return_path=True, **options)
+
+
+@pytest.mark.parametrize("solver", METHODS, ids=repr)
+@pytest.mark.parametrize(("sde", "kind"), [("vp", "noise"), ("ve", "edm"), ("flow", "velocity")])
+def test_it_gives_what_the_loop_gives(solver, sde, kind, by_the_loop):
+    model = TARGET.score_model(SDES[sde], PARAMETERIZATIONS[kind])
+    judge = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 9))
+    term = sdekit.sampling._equation(model, solver, float(solver.equation == "reverse"), draw(1, 4, 2))
+    if isinstance(solver, sdekit.DDIM) and solver.eta:
+        term = sdekit.ReverseSDE(model, solver.eta)
+    assert playback.usable(solver, judge, term)
+    assert recording.recorded(term, solver, judge) is not None
+    played = drawn(model, solver, dtype=torch.float64)
+    by_the_loop()
+    looped = drawn(model, solver, dtype=torch.float64)
+    for a, b in zip(played.stats, looped.stats, strict=True):
+        assert a == b if isinstance(a, int) else torch.equal(a, b)
+    assert torch.equal(played.status, looped.status)
+    torch.testing.assert_close(played.path.t, looped.path.t, rtol=1e-14, atol=0)
+    scale = float(looped.path.x.abs().max())
+    torch.testing.assert_close(played.path.x, looped.path.x, rtol=0, atol=1e-9 * scale)
+
+
+def test_a_tape_is_a_page_of_numbers_with_short_sums():
+    model = TARGET.score_model(SDES["vp"])
+    grid = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 20))
+    found = recording.recorded(sdekit.ProbabilityFlow(model), sdekit.DPMSolverPP(2), grid)
+    assert found.calls == 20
+    assert [len(step.after.outputs) for step in found.steps] == [1] + [2] * 19
+    assert [len(step.after.inputs) for step in found.steps] == [0] + [1] * 19  # the prediction before, at its state
+    assert all(call.given == tape.Sum(1.0, (), (), ()) for step in found.steps for call in step.calls)
+    assert recording.recorded(sdekit.ProbabilityFlow(model), sdekit.DPMSolverPP(2), grid) is found  # not recorded twice
+
+
+def test_what_is_not_linear_or_not_on_a_grid_is_left_to_the_loop():
+    model = TARGET.score_model(SDES["vp"])
+    flow, grid = sdekit.ProbabilityFlow(model), sdekit.FixedGrid(sdekit.grid.karras(model.sde, 9))
+    assert not playback.usable(sdekit.Heun(), sdekit.PID(), flow)
+    snr = sdekit.PredictorCorrector(sdekit.Heun(), sdekit.Langevin())
+    assert not playback.usable(snr, grid, flow)  # it reports what its corrector did
+    keys = sdekit.Hutchinson.keys(0, torch.arange(2))
+    assert not playback.usable(
+        sdekit.Adams(), grid, sdekit.LikelihoodFlow(model, sdekit.Exact(), torch.Size([2]), keys)
+    )
+    long = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 2 * recording.MOST_CALLS))
+    assert not playback.usable(sdekit.Heun(), long, flow)
+
+
+class Odd(torch.nn.Module):
+    """A network that answers NaN for one sample, or the wrong shape, from its `late`-th call on."""
+
+    def __init__(self, model, late, wrong):
+        super().__init__()
+        self.model, self.late, self.wrong, self.calls = model, late, wrong, 0
+
+    def forward(self, x, label):
+        self.calls += 1
+        out = self.model.net(x, label)
+        if self.calls <= self.late:
+            return out
+        if self.wrong == "shape":
+            return out[:, :1]
+        return torch.where((torch.arange(len(x)) == 1)[:, None], torch.nan, out)
+
+
+@pytest.mark.parametrize("solver", [sdekit.DPMSolverPP(2), sdekit.EulerMaruyama()])
+def test_nan_is_reported_for_its_own_sample_and_time(solver):
+    model = TARGET.score_model(SDES["vp"])
+    odd = sdekit.ScoreModel(Odd(model, 0, "nan"), model.sde, model.parameterization, model.data_std)
+    found = sdekit.sample(odd, (3, 2), solver=solver, steps=8, throw=False, dtype=torch.float64)
+    good = sdekit.sample(model, (3, 2), solver=solver, steps=8, dtype=torch.float64)
+    done, failed = int(sdekit.Status.DONE), int(sdekit.Status.NOT_FINITE)
+    assert found.status.tolist() == [done, failed, done]
+    torch.testing.assert_close(found.x[[0, 2]], good.x[[0, 2]], rtol=1e-9, atol=1e-9)
+    assert float(found.t[1]) == model.sde.t_max
+
+
+def test_a_network_that_breaks_keeps_what_there_is():
+    model = TARGET.score_model(SDES["vp"])
+    odd = sdekit.ScoreModel(Odd(model, 5, "shape"), model.sde, model.parameterization, model.data_std)
+    with pytest.raises(sdekit.SolveError, match=r"shape \(3, 1\)") as caught:
+        sdekit.sample(odd, (3, 2), solver=sdekit.DDIM(), steps=8, denoise=False)
+    grid = sdekit.grid.likelihood(model.sde, 8, model.data_std)
+    torch.testing.assert_close(caught.value.solution.t, grid[5].expand(3), rtol=1e-12, atol=0)
+    assert caught.value.solution.stats.evaluations.tolist() == [5] * 3
+
+
+def test_time_limits_and_budgets_hold():
+    model = TARGET.score_model(SDES["vp"])
+    with pytest.warns(sdekit.PartialResultWarning, match="wall_time"):
+        found = sdekit.sample(model, (3, 2), solver=sdekit.DDIM(), steps=8, wall_time=1e-9)
+    assert found.status.tolist() == [sdekit.Status.TIME_LIMIT] * 3
+    found = sdekit.sample(model, (3, 2), solver=sdekit.DDIM(), steps=8, max_evaluations=5, throw=False, denoise=False)
+    assert found.status.tolist() == [sdekit.Status.BUDGET] * 3
+    assert found.stats.evaluations.tolist() == [5] * 3
+
+
+def test_conditions_are_passed_and_states_keep_their_dtype():
+    class Shifted(torch.nn.Module):
+        def forward(self, x, label, shift):
+            return gaussian(2).score_model(SDES["vp"]).net(x, label) + 0.1 * shift[:, None].to(x.dtype)
+
+    model = sdekit.ScoreModel(Shifted(), SDES["vp"], sdekit.noise(), data_std=0.5).condition(
+        shift=times(1.0, -1.0, 0.0)
+    )
+    found = sdekit.sample(model, (3, 2), solver=sdekit.DPMSolverPP(2), steps=8)
+    assert found.x.dtype == torch.float32
+    with pytest.raises(ValueError, match="leading size of 2"):
+        sdekit.sample(model, (2, 2), solver=sdekit.DPMSolverPP(2), steps=8)
+
+
+def test_encoding_and_decoding_play_back_too():
+    model, x = TARGET.score_model(SDES["vp"]), TARGET.sample(4)
+    latent = sdekit.encode(model, x, solver=sdekit.UniPC(3), steps=40).x
+    back = sdekit.decode(model, latent, solver=sdekit.UniPC(3), steps=40).x
+    assert float((back - x).abs().max()) < 2e-2
