@@ -168,6 +168,16 @@ def test_the_noise_level_is_the_solvers_unless_it_is_given():
     torch.testing.assert_close(ode.x, plain.x, rtol=1e-12, atol=1e-13)
 
 
+def test_the_default_rises_with_the_steps():
+    for steps, order in ((5, 3), (11, 3), (12, 4), (20, 4), (21, 5), (40, 5)):
+        told = sdekit.sample(MODEL, (2, 3), solver=sdekit.Adams(order), steps=steps)
+        assert torch.equal(sdekit.sample(MODEL, (2, 3), steps=steps).x, told.x)
+    noisy = sdekit.sample(MODEL, (2, 3), eta=0.7, steps=8)
+    assert torch.equal(noisy.x, sdekit.sample(MODEL, (2, 3), solver=sdekit.SDEDPMSolverPP(2), eta=0.7, steps=8).x)
+    adaptive = sdekit.sample(MODEL, (2, 3), eta=0.7, controller=sdekit.PID(0.1, 0.1))
+    assert adaptive.stats.evaluations.tolist() == (2 * (adaptive.stats.accepted + adaptive.stats.rejected) + 1).tolist()
+
+
 @every_solver
 def test_the_path_leads_from_the_noise_to_the_sample(options):
     found = sdekit.sample(MODEL, (4, 3), denoise=False, return_path=True, dtype=torch.float64, **options)
@@ -301,7 +311,7 @@ BAD = {
     "steps and controller": (ValueError, "one or the other", {"steps": 5, "controller": sdekit.PID()}),
     "no steps": (ValueError, "steps=0", {"steps": 0}),
     "indices": (ValueError, "indices.shape", {"indices": torch.arange(3)}),
-    "adaptive noise": (ValueError, "FixedGrid", {"eta": 1.0, "controller": sdekit.PID()}),
+    "adaptive noise": (ValueError, "FixedGrid", {"solver": sdekit.SRA1(), "controller": sdekit.PID()}),
     "flow solver for noise": (TypeError, "ReverseSDE|ProbabilityFlow", {"eta": 1.0, "solver": sdekit.DPMSolverPP()}),
     "another eta than the solver's": (ValueError, "must agree", {"eta": 0.3, "solver": sdekit.DDIM(0.5)}),
 }

@@ -154,7 +154,7 @@ def published(step: Linear, nodes: Tensor, valid: Tensor) -> Tensor:
     curve = (d0 - d1) / (r0 + r1)
     p2 = h * psi(2, -h)
     p3 = h.square() * psi(3, -h) / safe
-    third = whole[:, None] * unit[0] + p2[:, None] * first - p3[:, None] * curve
+    third = whole[:, None] * unit[0] + p2[:, None] * first + p3[:, None] * curve
     return step.gain[:, None] * torch.where(valid[:, 2:], third, second)
 
 

@@ -81,11 +81,7 @@ def flow(sde=TABLE, target=TARGET):
     return sdekit.ProbabilityFlow(target.score_model(sde))
 
 
-# As published the third order adds its second difference where DPMSolverPP(3, compat=True) subtracts it.
-_SIGN = pytest.mark.xfail(reason="the second difference of compat=True has the wrong sign", strict=True)
-
-
-@pytest.mark.parametrize("order", [1, 2, pytest.param(3, marks=_SIGN)])
+@pytest.mark.parametrize("order", [1, 2, 3])
 def test_diffusers_dpm_solver_multistep(order):
     settings = {"solver_order": order, "final_sigmas_type": "sigma_min", "lower_order_final": False}
     chain, grid, field = chained("DPMSolverMultistepScheduler", **settings)

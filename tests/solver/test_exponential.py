@@ -175,6 +175,21 @@ def test_the_published_third_order_is_of_order_two_and_ours_of_three():
         assert low < observed_order(errors)[-1] < high
 
 
+def test_the_published_third_order_adds_half_of_the_second_difference():
+    # Exact for predictions of degree 1; of degree 2 it takes half of the second difference: int of m'' r^2 / 4.
+    sde = SDES["vp"]
+    step = semilinear.linear(sde, "data", *sde.time_at(times(0.0, 0.4))[:, None], times(0.0))
+    nodes, valid = times(0.0, -0.3, -0.5)[None], torch.ones(1, 3, dtype=torch.bool)
+    flow = sdekit.ProbabilityFlow(gaussian(3).score_model(sde))
+    history = sdekit.DPMSolverPP(3).init(flow, draw(1, 1, 3))._replace(nodes=nodes)
+    exact, published = (sdekit.DPMSolverPP(3, compat=c).weigh(flow, step, history, valid)[0] for c in (False, True))
+    for power in (0, 1):
+        torch.testing.assert_close(published @ nodes[0] ** power, exact @ nodes[0] ** power, rtol=1e-10, atol=1e-13)
+    # m = r^2: m'' = 2, D2 = 2 h^2 enters with psi_3 whole in the exact weights, by half as published
+    missing = float(step.gain[0]) * 0.4**3 * float(semilinear.psi(3, times(-0.4)))
+    assert float((exact - published) @ nodes[0].square()) == pytest.approx(missing, rel=1e-9)
+
+
 def test_unipc_with_two_points_and_bh2_predicts_as_the_published_2m():
     sde, x = SDES["vp"], draw(1, 2, 3)
     flow = sdekit.ProbabilityFlow(gaussian(3).score_model(sde))
