@@ -137,7 +137,7 @@ METHODS = (
 
 # Of the strong orders: a method, and how many of its steps go into the finest of STRONG_COUNTS.
 STRONG_REFERENCE, STRONG_FINER = sdekit.SRA3(), 8
-STRONG_COUNTS = (12, 24, 48)
+STRONG_COUNTS = (18, 36, 72)
 FLOW_REFERENCE, FLOW_STEPS = sdekit.Dopri8(), 256
 
 SDES: dict[str, sdekit.SDE] = {
