@@ -1,17 +1,15 @@
 """Sampling, encoding and decoding.
 
     sample   noise -> data, by the probability flow (eta = 0) or the reverse SDE (eta > 0)
-    encode   data -> latent, the probability flow from t_min to t_max
-    decode   latent -> data, its inverse
+    encode   data -> latent, the probability flow from t_min to t_max; decode is its inverse
 
-The default flow solver is the likelihood's, Adams in the mixed variable. Every sample's noise is keyed by (seed, its
-index): it is the same alone, in any batch, on any machine.
+Every sample's noise is keyed by (seed, its index): it is the same alone, in any batch, on any machine.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +25,7 @@ from ._checks import (
     require_seed,
 )
 from ._random import Stream
-from .brownian import BrownianPath, IndependentIncrements
+from .brownian import IndependentIncrements
 from .brownian_motion import BrownianMotion
 from .controller import PID, Controller, FixedGrid
 from .errors import NetworkError, PartialResultWarning, SolveError
@@ -45,6 +43,8 @@ from .terms import ProbabilityFlow, ReverseSDE, Term
 
 _FLOW_STEPS = 32  # of the default grid, eta = 0
 _SDE_STEPS = 100  # of the default grid, eta > 0
+Eta = float | Callable[[Tensor], Tensor]
+
 _ORDERS = ((11, 3), (20, 4))  # of Adams by the steps of a grid, 5 beyond: docs/decisions, default sampler
 _TOLERANCE = 1e-6  # of encode and decode, relative and absolute
 
@@ -56,7 +56,7 @@ def sample(
     solver: Solver | None = None,
     steps: int | None = None,
     controller: Controller | None = None,
-    eta: float | None = None,
+    eta: Eta | None = None,
     denoise: bool = True,
     seed: int = 0,
     indices: Tensor | None = None,
@@ -77,8 +77,8 @@ def sample(
             controller Adams(5) or StochasticHeun. Any solver else.
         steps: Of a grid equally spaced in the mixed variable; default 32 (eta = 0) or 100.
         controller: Instead of `steps`: any controller, for example PID().
-        eta: Noise level of the reverse SDE, >= 0; 0 is the probability flow. None: 0, or what the solver is for (1 for
-            solvers of the reverse SDE, DDIM's own).
+        eta: Noise level of the reverse SDE, >= 0, or a function of t (B,); 0 is the probability flow. None: 0, or what
+            the solver is for (1 for solvers of the reverse SDE, DDIM's own).
         denoise: Return the denoised data at t_min (one evaluation more, counted) instead of x at t_min.
         seed: 0 <= seed < 2^63.
         indices: (n,) global sample numbers that key the noise; default 0..n-1.
@@ -107,7 +107,7 @@ def sample(
     where = _device(model, device)
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
-    count = steps if steps is not None else (_SDE_STEPS if level > 0 else _FLOW_STEPS)
+    count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
     chosen = solver if solver is not None else _default(level, count if controller is None else None)
     term = _equation(model, chosen, level, start)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
@@ -240,26 +240,26 @@ def _controller(model: ScoreModel, controller: Controller | None, steps: int | N
     return FixedGrid(times.flip(0) if forward else times)
 
 
-def _default(level: float, steps: int | None) -> Solver:
+def _default(level: Eta, steps: int | None) -> Solver:
     """The solver that won where it was measured, for a grid of so many steps, or for a controller (None)."""
-    if level > 0:
+    if level != 0:
         return StochasticHeun() if steps is None else SDEDPMSolverPP(2)
     return Adams(next((order for most, order in _ORDERS if steps is not None and steps <= most), 5))
 
 
-def _level(solver: Solver | None, eta: float | None) -> float:
+def _level(solver: Solver | None, eta: Eta | None) -> Eta:
     """The noise level asked for, or that which the solver is for."""
     if eta is None:
         own = getattr(solver, "eta", None)
         return float(own) if own is not None else float(solver is not None and solver.equation == "reverse")
-    if not eta >= 0:
+    if not callable(eta) and not eta >= 0:
         raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")
     return eta
 
 
-def _equation(model: ScoreModel, solver: Solver, level: float, x: Tensor) -> Term:
+def _equation(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Term:
     """The equation that the solver integrates at this noise level, in the coordinates it works in."""
-    if level > 0 or solver.equation == "reverse":
+    if level != 0 or solver.equation == "reverse":
         return ReverseSDE(model, level)
     if solver.equation == "any":  # without a density nothing is probed: any keys will do
         return LikelihoodFlow(model, None, x.shape[1:], torch.zeros(x.shape[0], 2, dtype=torch.int64, device=x.device))

@@ -168,6 +168,18 @@ def test_the_noise_level_is_the_solvers_unless_it_is_given():
     torch.testing.assert_close(ode.x, plain.x, rtol=1e-12, atol=1e-13)
 
 
+def test_the_noise_level_may_be_a_function_of_time():
+    still = sdekit.sample(MODEL, (2, 3), eta=0.7, steps=8)
+    moving = sdekit.sample(MODEL, (2, 3), eta=lambda t: torch.full_like(t, 0.7), steps=8)
+    torch.testing.assert_close(moving.x, still.x)
+    inside = sdekit.sample(
+        MODEL, (2, 3), eta=lambda t: ((t > 0.2) & (t < 0.8)).double(), solver=sdekit.SASolver(3, 3), steps=8
+    )
+    flow = sdekit.sample(MODEL, (2, 3), eta=lambda t: torch.zeros_like(t), solver=sdekit.SASolver(3, 3), steps=8)
+    assert ((inside.x - flow.x).abs() > 1e-3).any()
+    torch.testing.assert_close(flow.x, sdekit.sample(MODEL, (2, 3), solver=sdekit.SASolver(3, 3), steps=8).x)
+
+
 def test_the_default_rises_with_the_steps():
     for steps, order in ((5, 3), (11, 3), (12, 4), (20, 4), (21, 5), (40, 5)):
         told = sdekit.sample(MODEL, (2, 3), solver=sdekit.Adams(order), steps=steps)
