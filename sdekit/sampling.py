@@ -25,7 +25,7 @@ from ._checks import (
     require_seed,
 )
 from ._random import Stream
-from .brownian import IndependentIncrements
+from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
 from .controller import PID, Controller, FixedGrid
 from .errors import NetworkError, PartialResultWarning, SolveError
