@@ -154,7 +154,8 @@ def _played(
     start = float(controller.times[0])
     with torch.inference_mode(False), torch.no_grad():
         played = play(tape, term.model, working(x0), path, start, limits)
-    if not bool(all_finite(played.x).all()):
+    finite = all_finite(played.x)
+    if played.stopped is None and played.error is None and not bool(finite.all()):
         return None
     ended = Status.DONE if played.steps == len(tape.steps) else played.stopped or Status.RUNNING
     each = torch.ones_like(indices)
@@ -164,7 +165,8 @@ def _played(
     if return_path:
         times = torch.tensor([at for at, _ in played.seen], dtype=torch.float64, device=x0.device)
         way = Path(times.expand(len(indices), -1), torch.stack([x for _, x in played.seen], 1).to(x0.dtype))
-    solution = Solution(played.x.to(x0.dtype), t, int(ended) * each, stats, {}, way)
+    status = torch.where(finite, int(ended), int(Status.NOT_FINITE))
+    solution = Solution(played.x.to(x0.dtype), t, status, stats, {}, way)
     finish(solution, solution.status, played.error, t, f"t={float(controller.times[-1]):.6g}", indices, throw)
     return solution
 
