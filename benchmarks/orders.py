@@ -229,7 +229,7 @@ def main() -> None:
     report = Report("orders", chosen)
     names = ("VP", "Karras") if chosen.quick else tuple(SDES)
     problems = {
-        name: problem(SDES[name], chosen.seed, 32 if chosen.quick else 128) for name in tqdm(names, desc="references")
+        name: problem(SDES[name], chosen.seed, 32 if chosen.quick else 384) for name in tqdm(names, desc="references")
     }
     table = report.table(
         "observed orders",
