@@ -159,7 +159,7 @@ class Nats(Controller):
         tolerance: Nats per sample, > 0.
         cap: Evaluations after which the demand on a rough path (16 steps rejected: kinks, rounding) is relaxed, by 4
             every 64, so that every solve ends. Costs then count three times (coarse steps over kinks are worse than
-            they look); such samples are marked LOOSE. A smooth path, which no step size but the right one gets
+            they look), which marks most such samples LOOSE. A smooth path, which no step size but the right one gets
             through, has 8 times the cap: points between components of a 64-D mixture need up to 3,300.
         growth: A step is at most this times the one before it: what was resolved says little of twice the distance.
         ceiling: Largest step, in s: coarse tolerances would miss structure without it.

@@ -94,11 +94,12 @@ def _made(sde: SDE, data_std: float) -> MixedTime:
 
 
 def mixed_time(sde: SDE, data_std: float) -> MixedTime:
-    """The mixed variable of an SDE, made once where the SDE has a hash."""
-    try:
-        return _made(sde, data_std)
-    except TypeError:
-        return MixedTime(sde, data_std)
+    """The mixed variable of an SDE, made once for one of this package (others may keep a state)."""
+    return _made(sde, data_std) if _is_value(sde) else MixedTime(sde, data_std)
+
+
+def _is_value(sde: SDE) -> bool:
+    return type(sde).__module__.startswith("sdekit.")
 
 
 def _with_exact_ends(times: Tensor, sde: SDE) -> Tensor:
@@ -153,10 +154,7 @@ def likelihood(sde: SDE, n: int, data_std: float = 0.5) -> Tensor:
     """
     require_count("n", n)
     require_positive("data_std", data_std)
-    try:
-        return _likelihood(sde, n, data_std).clone()
-    except TypeError:  # an SDE without a hash
-        return _likelihood.__wrapped__(sde, n, data_std)
+    return _likelihood(sde, n, data_std).clone() if _is_value(sde) else _likelihood.__wrapped__(sde, n, data_std)
 
 
 @lru_cache(maxsize=64)

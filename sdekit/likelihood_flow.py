@@ -108,7 +108,7 @@ class LikelihoodFlow(Term):
         return FlowState(u, log_det, torch.zeros_like(u) if self.keeps_product else None)
 
     def leave(self, z: FlowState, s: Tensor) -> Tensor:
-        return (z.u * column(torch.exp(self.log_scale(self.time(s))), z.u)).reshape(-1, *self.event)
+        return (z.u * column(torch.exp(self.log_scale(self.time(s))), z.u)).reshape(z.u.shape[0], *self.event)
 
     def evaluate(self, s: Tensor, z: FlowState, node: Tensor) -> Evaluation:
         q, rate = self.mixed.log_ratio(s)
@@ -136,7 +136,7 @@ class LikelihoodFlow(Term):
         """Output (B, D), traces (B, C) and fixed-probe product of `jacobian` (B,) times the network's Jacobian."""
 
         def field(state: Tensor) -> Tensor:
-            return flatten(self.model.output(state.reshape(-1, *self.event), t))
+            return flatten(self.model.output(state.reshape(state.shape[0], *self.event), t))
 
         if self.divergence is None:
             with torch.no_grad():

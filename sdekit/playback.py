@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ._checks import require_same_device
 from ._fit import check_method
 from ._tensor import all_finite, working
 from .brownian import BrownianPath, IndependentIncrements
@@ -37,7 +38,9 @@ class Played(NamedTuple):
     seen: list[tuple[float, Tensor]]
 
 
-def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, start: float, limits: Limits) -> Played:
+def play(
+    tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, start: float, limits: Limits, began: float
+) -> Played:
     """Solves along a tape: the calls of the network, and a few multiples and sums of (B, *event) tensors around each.
 
     Args:
@@ -46,22 +49,23 @@ def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, st
         x: (B, *event) at the grid's first time.
         path: Where draws come from, where the tape has some.
         start: That first time.
-        limits: As in the loop. Between calls nothing is asked of the device.
+        limits: As in the loop. Between calls nothing is asked of the device, unless there is a wall time.
+        began: When the solve did, by the monotonic clock.
     """
     z, t, made, calls = x, start, 0, 0
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
     noise = _Noise(tape, path, x)
-    labels = torch.tensor([call.label for step in tape.steps for call in step.calls], dtype=torch.float64)
+    numbers = [call.label for step in tape.steps for call in step.calls]
+    labels = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     call_network = model.caller(x, labels)
     seen = [(start, x)] if limits.keep_path else []
     stopped: Status | None = None
     error: NetworkError | None = None
-    began = clock.monotonic()
     bar = tqdm(total=len(tape.steps), disable=not limits.progress, unit="step")
     try:
         for step in tape.steps:
-            if limits.wall_time is not None and clock.monotonic() - began >= limits.wall_time:
+            if limits.wall_time is not None and _seconds(began, z) >= limits.wall_time:
                 stopped = Status.TIME_LIMIT
                 break
             for call in step.calls:
@@ -87,6 +91,13 @@ def play(tape: Tape, model: ScoreModel, x: Tensor, path: BrownianPath | None, st
     finally:
         bar.close()
     return Played(z, t, made, calls, stopped, error, seen)
+
+
+def _seconds(began: float, like: Tensor) -> float:
+    """Since `began`, what was launched on a device included."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return clock.monotonic() - began
 
 
 class _Noise:
@@ -139,25 +150,30 @@ def _played(
     progress: bool,
     throw: bool,
     return_path: bool,
-) -> Solution | None:
-    """As `integrate` from the grid's first time to its last; None where the loop has to do it.
+) -> Solution | int:
+    """As `integrate` from the grid's first time to its last; the calls made in vain where the loop has to do it.
 
     That is where the solve cannot be recorded, where the budget does not reach, and where a state came out not finite:
     the loop says where.
     """
-    if not usable(solver, controller, term) or x0.shape[0] == 0:
-        return None
-    tape = recorded(term, solver, controller)
+    if not usable(solver, controller, term) or x0.numel() == 0:
+        return 0
+    began = clock.monotonic()
+    try:
+        tape = recorded(term, solver, controller)
+    except KeyboardInterrupt:
+        tape = Tape((), (), 0)
     if tape is None or tape.calls > max_evaluations:
-        return None
+        return 0
     limits = check_limits(max_evaluations, wall_time, progress)._replace(keep_path=return_path)
     start = float(controller.times[0])
     with torch.inference_mode(False), torch.no_grad():
-        played = play(tape, term.model, working(x0), path, start, limits)
+        played = play(tape, term.model, working(x0), path, start, limits, began)
     finite = all_finite(played.x)
     if played.stopped is None and played.error is None and not bool(finite.all()):
-        return None
-    ended = Status.DONE if played.steps == len(tape.steps) else played.stopped or Status.RUNNING
+        return played.calls
+    through = bool(tape.steps) and played.steps == len(tape.steps)
+    ended = Status.DONE if through else played.stopped or (Status.RUNNING if tape.steps else Status.INTERRUPTED)
     each = torch.ones_like(indices)
     t = torch.full((len(indices),), played.t, dtype=torch.float64, device=x0.device)
     stats = Stats(played.calls * each, played.steps * each, 0 * each, played.calls)
@@ -183,10 +199,14 @@ def solve(
     **limits: Any,
 ) -> Solution:
     """From t0 to t1 along a recording where there can be one, else by the loop."""
+    vain = 0
     if isinstance(controller, FixedGrid) and (t0, t1) == tuple(controller.times[[0, -1]].tolist()):
         term.model.check_batch(x.shape[0])
         check_method(solver, controller, path)
+        require_same_device(term.model, x, "x0")
         played = _played(term, solver, controller, x, path, indices=indices, **limits)
-        if played is not None:
+        if isinstance(played, Solution):
             return played
-    return integrate(term, solver, controller, x, t0, t1, path, indices=indices, **limits)
+        vain = played
+    found = integrate(term, solver, controller, x, t0, t1, path, indices=indices, **limits)
+    return found._replace(stats=found.stats._replace(calls=found.stats.calls + vain)) if vain else found

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ MOST_CALLS = 512  # longer recordings take seconds
 _KEPT = 64  # recordings held
 _WINDOW = 14  # calls that a sum may reach back
 _NOTHING = 1e-12  # of the largest coefficient, what may be left over by the calls that a sum names
+_LARGEST = 30.0  # what the terms of a sum may add up to, by their sizes, against the sum
 _AGREE = 1e-8  # what a recording may differ by from the loop it was read off
 
 
@@ -96,30 +98,51 @@ class _Path:
 
 
 def usable(solver: Solver, controller: Any, term: Term) -> bool:
-    """Whether a solve can be recorded: a fixed grid of moderate length, a linear method, no density, no report."""
+    """Whether a solve can be recorded: a fixed grid of moderate length, a linear method, no density, no report.
+
+    And everything that decides its numbers besides the network is a value of this package: what users write may keep a
+    state that no comparison sees.
+    """
     if not isinstance(controller, FixedGrid) or not solver.linear or type(solver).report is not Solver.report:
         return False
-    return (len(controller.times) + 8) * solver.evaluations <= MOST_CALLS and not term.has_density
+    if term.has_density or (len(controller.times) + 8) * solver.evaluations > MOST_CALLS:
+        return False
+    if type(term.model) is not ScoreModel or (isinstance(term, ReverseSDE) and callable(term.eta)):
+        return False
+    meaning = term.model.parameterization
+    return all(
+        type(part).__module__.startswith("sdekit.") for part in (term, solver, term.model.sde, meaning, meaning.label)
+    )
 
 
 _recordings: OrderedDict[Hashable, Tape | None] = OrderedDict()
+_lock = Lock()
 
 
 def recorded(term: Term, solver: Solver, controller: FixedGrid) -> Tape | None:
-    """The recording of this solve, from the cache or made now; None where playing back would not be the same."""
+    """The recording of this solve, from the cache or made now; None where playing back would not be the same.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C while recording; nothing is kept then.
+    """
     model = term.model
     kind = (type(term), term.eta) if isinstance(term, ReverseSDE) else (type(term),)
     key = (kind, solver, model.sde, model.parameterization, model.data_std, tuple(controller.times.tolist()))
+    with _lock:
+        if key in _recordings:
+            _recordings.move_to_end(key)
+            return _recordings[key]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations: threads only get in one another's way, up to 40 times slower
     try:
-        hash(key)
-    except TypeError:  # an SDE or a label of the user's own may have no hash
-        return None
-    if key not in _recordings:
-        _recordings[key] = _record(term, solver, controller)
+        tape = _record(term, solver, controller)
+    finally:
+        torch.set_num_threads(threads)
+    with _lock:
+        _recordings[key] = tape
         while len(_recordings) > _KEPT:
             _recordings.popitem(last=False)
-    _recordings.move_to_end(key)
-    return _recordings[key]
+    return tape
 
 
 def _stand_in(term: Term, network: nn.Module, rows: int) -> Term:
@@ -128,7 +151,9 @@ def _stand_in(term: Term, network: nn.Module, rows: int) -> Term:
     if isinstance(term, ReverseSDE):
         return ReverseSDE(model, term.eta)
     if isinstance(term, LikelihoodFlow):
-        return LikelihoodFlow(model, None, torch.Size([1]), torch.zeros(rows, 2, dtype=torch.int64), term.mixed)
+        return LikelihoodFlow(
+            model, None, torch.Size([1]), torch.zeros(rows, 2, dtype=torch.int64, device="cpu"), term.mixed
+        )
     return ProbabilityFlow(model)
 
 
@@ -148,12 +173,14 @@ def _run(term: Term, solver: Solver, controller: FixedGrid, rows: int, first: in
     path = _Path(rows, first) if solver.draws or isinstance(term, ReverseSDE) else None
     network.path = path
     equation = _stand_in(term, network, rows)
-    x0 = torch.zeros(rows, 1, dtype=torch.float64)
+    x0 = torch.zeros(rows, 1, dtype=torch.float64, device="cpu")
     x0[0] = 1.0
     times = controller.times.double().cpu()
     s0, s_end = (equation.coordinate(times[place].expand(rows).contiguous()) for place in (0, -1))
     problem = Problem(equation, solver, FixedGrid(times), s_end, path, 10 * MOST_CALLS)
     outcome = drive(problem, begin(problem, s0, equation.enter(x0, s0)), Limits(10 * MOST_CALLS, None, False, True))
+    if bool((outcome.carry.status == Status.INTERRUPTED).any()):
+        raise KeyboardInterrupt
     if not bool((outcome.carry.status == Status.DONE).all()):
         return None
     states: list[Tensor] = []
@@ -198,7 +225,8 @@ def _sum(target: Tensor, z: Tensor, run: _Run, before: int, since: int, asked: i
         known, wanted = (basis / size)[~free], target[~free, None]
         found = torch.linalg.lstsq(known, wanted, rcond=1e-13, driver="gelsd").solution[:, 0] / size
         rest = target - basis @ found
-        if first == 0 or bool((rest[~free].abs() <= _NOTHING * target.abs().max()).all()):
+        large = float((found.abs() * size).sum()) > _LARGEST * float(target.abs().max())  # in float32 that would show
+        if first == 0 or (not large and bool((rest[~free].abs() <= _NOTHING * target.abs().max()).all())):
             break
     rest[rest.abs() <= 1e-15 * (basis.abs() @ found.abs() + target.abs())] = 0.0
     inputs = tuple((float(c), j) for c, j in zip(found[1:], names, strict=True) if c != 0)

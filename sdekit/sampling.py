@@ -250,7 +250,7 @@ def _default(level: Eta, steps: int | None) -> Solver:
 def _level(solver: Solver | None, eta: Eta | None) -> Eta:
     """The noise level asked for, or that which the solver is for."""
     if eta is None:
-        own = getattr(solver, "eta", None)
+        own = getattr(getattr(solver, "predictor", solver), "eta", None)
         return float(own) if own is not None else float(solver is not None and solver.equation == "reverse")
     if not callable(eta) and not eta >= 0:
         raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")

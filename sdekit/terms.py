@@ -156,7 +156,7 @@ class ReverseSDE(Term):
 
     def level(self, t: Tensor) -> Tensor:
         """(B,) float64 eta at time t (B,)."""
-        return as_time(self.eta(t)) if callable(self.eta) else torch.full_like(t, self.eta)
+        return as_time(self.eta(t)).to(t.device).expand_as(t) if callable(self.eta) else torch.full_like(t, self.eta)
 
     def drift(self, s: Tensor, x: Tensor) -> Tensor:
         """dx/ds without the noise at s (B,), the shape and dtype of `x`."""

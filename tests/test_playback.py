@@ -155,6 +155,93 @@ def test_conditions_are_passed_and_states_keep_their_dtype():
         sdekit.sample(model, (2, 2), solver=sdekit.DPMSolverPP(2), steps=8)
 
 
+def agrees(model, by_the_loop, **options):
+    """Whether a solve with this model gives what the loop gives."""
+    played = sdekit.sample(model, (4, 2), dtype=torch.float64, denoise=False, **options).x
+    by_the_loop()
+    looped = sdekit.sample(model, (4, 2), dtype=torch.float64, denoise=False, **options).x
+    return float((played - looped).abs().max()) < 1e-9 * float(looped.abs().max())
+
+
+class Guided(sdekit.ScoreModel):
+    def output(self, x, t):
+        return 1.5 * super().output(x, t)
+
+
+class Reuses(torch.nn.Module):
+    """Answers in the same buffer every time, or writes into its input."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.buffer = how, None
+
+    def forward(self, x, label):
+        out = torch.tanh(x + label[:, None].to(x.dtype)) + 0.1 * x
+        if self.how == "input":
+            x.mul_(0.3)
+            return out
+        self.buffer = torch.empty_like(out) if self.buffer is None else self.buffer
+        return self.buffer.copy_(out)
+
+
+@pytest.mark.parametrize("solver", [None, sdekit.DPMSolverPP(2), sdekit.UniPC(3), sdekit.Dopri5()])
+def test_networks_that_reuse_their_memory_are_played_back_right(solver, by_the_loop):
+    for how in ("input", "output"):
+        model = sdekit.ScoreModel(Reuses(how), SDES["vp"], sdekit.edm(0.5))
+        assert agrees(model, by_the_loop, solver=solver, steps=12)
+
+
+def test_encoding_leaves_its_input_alone():
+    x = draw(1, 3, 2)
+    kept = x.clone()
+    sdekit.encode(sdekit.ScoreModel(Reuses("input"), SDES["vp"], data_std=0.5), x, steps=6)
+    assert torch.equal(x, kept)
+
+
+def test_what_users_write_is_left_to_the_loop(by_the_loop):
+    # It may keep a state that no key of a cache sees.
+    level, scale = [0.2], [1.0]
+    base = TARGET.score_model(SDES["vp"])
+    labelled = sdekit.noise(lambda sde, t: scale[0] * t)
+    net = base.net
+    models = [
+        (base, {"eta": lambda t: torch.full_like(t, level[0])}),
+        (sdekit.ScoreModel(Reuses("output"), SDES["vp"], labelled, 0.5), {}),
+        (Guided(net, SDES["vp"], base.parameterization, 0.5), {}),
+    ]
+    for model, options in models:
+        first = sdekit.sample(model, (4, 2), steps=9, dtype=torch.float64, denoise=False, **options).x
+        level[0], scale[0] = 0.9, 2.0
+        second = sdekit.sample(model, (4, 2), steps=9, dtype=torch.float64, denoise=False, **options).x
+        if not isinstance(model, Guided):
+            assert not torch.equal(first, second)
+        level[0], scale[0] = 0.2, 1.0
+    assert agrees(models[2][0], by_the_loop, steps=9)
+
+
+def test_ctrl_c_while_recording_is_heard_and_nothing_is_kept(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    model = TARGET.score_model(SDES["vp"])
+    monkeypatch.setattr(recording, "_record", stop)
+    with pytest.warns(sdekit.PartialResultWarning):
+        found = sdekit.sample(model, (3, 2), solver=sdekit.DEIS(3, "rho"), steps=17)
+    assert found.status.tolist() == [sdekit.Status.INTERRUPTED] * 3
+    assert found.stats.calls <= 1
+    monkeypatch.undo()
+    assert sdekit.sample(model, (3, 2), solver=sdekit.DEIS(3, "rho"), steps=17).status.tolist() == [1] * 3
+
+
+def test_single_precision_loses_nothing_in_long_sums(by_the_loop):
+    model = TARGET.score_model(SDES["vp"], sdekit.data())
+    for solver in (sdekit.Adams(5, "inside"), sdekit.DEIS(4, "rho"), sdekit.DPMSolverPP(3)):
+        grid = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 10))
+        found = recording.recorded(sdekit.sampling._equation(model, solver, 0.0, draw(1, 4, 2)), solver, grid)
+        sums = [terms for step in found.steps for terms in (*(call.given for call in step.calls), step.after)]
+        assert max(abs(c) for terms in sums for c, _ in (*terms.inputs, *terms.outputs)) < 100.0
+
+
 def test_encoding_and_decoding_play_back_too():
     model, x = TARGET.score_model(SDES["vp"]), TARGET.sample(4)
     latent = sdekit.encode(model, x, solver=sdekit.UniPC(3), steps=40).x

@@ -120,10 +120,30 @@ class ScoreModel(nn.Module):
         return self._answer(seen, self.parameterization.label(self.sde, t), self._dtype(x))
 
     def caller(self, x: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number."""
+        """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.
+
+        Inputs may be kept and outputs too: a network found to write into its input, or to answer in the same buffer
+        again, is given copies and its answers are copied.
+        """
         dtype = self._dtype(x)
         rows = labels.to(x.device, dtype)[:, None].repeat(1, x.shape[0]).unbind(0)
-        return lambda seen, number: self._answer(seen, rows[number], dtype)
+        watched: list[Tensor] = []  # the answers of the first two calls
+        writes, reuses = False, False
+
+        def call(seen: Tensor, number: int) -> Tensor:
+            nonlocal writes, reuses
+            if len(watched) == 2:
+                out = self._answer(seen.clone() if writes else seen, rows[number], dtype)
+                return out.clone() if reuses else out
+            given = seen.clone()
+            version = given._version
+            out = self._answer(given, rows[number], dtype)
+            writes = writes or given._version != version
+            reuses = bool(watched) and watched[0].data_ptr() == out.data_ptr() and out.numel() > 0
+            watched.append(out)
+            return out.clone()
+
+        return call
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
