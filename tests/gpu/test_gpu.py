@@ -86,3 +86,39 @@ def test_data_and_network_on_two_devices_are_refused():
     model = sdekit.ScoreModel(perceptron(3, 1), SDES["vp"]).cuda()
     with pytest.raises(ValueError, match=r"'cpu'.*'cuda:0'"):
         sdekit.log_likelihood(model, draw(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        None,
+        sdekit.DPMSolverPP(3),
+        sdekit.UniPC(3),
+        sdekit.SDEDPMSolverPP(2),
+        sdekit.SRA1(),
+        sdekit.EDMChurn(),
+        sdekit.PredictorCorrector(sdekit.SDEDPMSolverPP(1), sdekit.Langevin()),
+    ],
+    ids=repr,
+)
+def test_samplers_draw_the_same_samples_on_both_devices(solver):
+    net = perceptron(3, 1)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = sdekit.ScoreModel(net.to(device), SDES["vp"], sdekit.noise(), data_std=0.5).eval()
+        found.append(sdekit.sample(model, (5, 3), solver=solver, steps=9, dtype=torch.float64, seed=3).x.cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
+
+
+def test_a_path_of_time_is_the_same_on_both_devices():
+    ends = torch.tensor([0.1, 0.2], dtype=torch.float64), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        path = sdekit.BrownianMotion(2, torch.arange(2, device=device), 0.0, 1.0)
+        step, like = (
+            torch.zeros(2, dtype=torch.int64, device=device),
+            torch.zeros(2, 4, dtype=torch.float64, device=device),
+        )
+        found.append([part.cpu() for part in path.levy(*(end.to(device) for end in ends), step, like)])
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-12, atol=1e-13)
