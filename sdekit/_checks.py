@@ -122,3 +122,8 @@ def require_deterministic(module: nn.Module) -> None:
                 "influence one another, and the trace is not their divergence. Call net.eval(), with running "
                 "statistics."
             )
+
+
+def is_own(value: object) -> bool:
+    """Whether a value is of a class of this package: those of users may keep a state that no comparison sees."""
+    return type(value).__module__.startswith("sdekit.")

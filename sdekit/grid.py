@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._checks import require_count, require_positive
+from ._checks import is_own, require_count, require_positive
 from .sde.base import SDE
 
 _SPREAD = 2.0  # the saturating half turns at sigma/alpha = 2 sd ...
@@ -95,11 +95,7 @@ def _made(sde: SDE, data_std: float) -> MixedTime:
 
 def mixed_time(sde: SDE, data_std: float) -> MixedTime:
     """The mixed variable of an SDE, made once for one of this package (others may keep a state)."""
-    return _made(sde, data_std) if _is_value(sde) else MixedTime(sde, data_std)
-
-
-def _is_value(sde: SDE) -> bool:
-    return type(sde).__module__.startswith("sdekit.")
+    return _made(sde, data_std) if is_own(sde) else MixedTime(sde, data_std)
 
 
 def _with_exact_ends(times: Tensor, sde: SDE) -> Tensor:
@@ -154,7 +150,7 @@ def likelihood(sde: SDE, n: int, data_std: float = 0.5) -> Tensor:
     """
     require_count("n", n)
     require_positive("data_std", data_std)
-    return _likelihood(sde, n, data_std).clone() if _is_value(sde) else _likelihood.__wrapped__(sde, n, data_std)
+    return _likelihood(sde, n, data_std).clone() if is_own(sde) else _likelihood.__wrapped__(sde, n, data_std)
 
 
 @lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._checks import is_own
 from .controller import FixedGrid
 from .errors import SdekitError
 from .integrate import Limits, Problem, begin, drive
@@ -110,9 +111,7 @@ def usable(solver: Solver, controller: Any, term: Term) -> bool:
     if type(term.model) is not ScoreModel or (isinstance(term, ReverseSDE) and callable(term.eta)):
         return False
     meaning = term.model.parameterization
-    return all(
-        type(part).__module__.startswith("sdekit.") for part in (term, solver, term.model.sde, meaning, meaning.label)
-    )
+    return all(is_own(part) for part in (term, solver, term.model.sde, meaning, meaning.label))
 
 
 _recordings: OrderedDict[Hashable, Tape | None] = OrderedDict()

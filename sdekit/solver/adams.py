@@ -24,14 +24,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._tensor import tree_map
+from .._tensor import select, tree_map
 from ..brownian import BrownianPath
 from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
 from ..likelihood_flow import LikelihoodFlow
 from ..terms import Term
 from .base import Proposal, Solver, batch_of, counters, refuse_noise
-from .start import CORRECTED, Start, held, instead, shares, where
+from .start import CORRECTED, Start, held, instead, shares
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
@@ -161,13 +161,13 @@ class Adams(Solver):
         sums = tree_map(lambda past: _weighted(torch.stack((correct, last), 1), past), slopes)
         moved = tree_map(lambda state, total: state + total[:, 0], z, sums)
         error = tree_map(lambda total: total[:, 1], sums)
-        moved = where(begun, moved, z)
+        moved = select(begun, moved, z)
         entered = tree_map(lambda past: past[:, :depth], (nodes, slopes))
         for turn, (_, place, overwrite) in enumerate(start):
             if overwrite:
                 now = memory.entered == turn
                 put = tree_map(lambda past, entry, k=place: instead(past, k, entry), memory.slopes, fresh)
-                entered = where(now, (instead(memory.nodes, place, s1), put), entered)
+                entered = select(now, (instead(memory.nodes, place, s1), put), entered)
         kept = Memory(memory.entered + 1, *entered, self._book(term, memory, aux.note, correct))
         return Proposal(moved, error, aux, kept, memory.entered >= depth)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from .._checks import require_positive
 from .._tensor import column
 from ..brownian import BrownianPath
-from ..terms import ProbabilityFlow, Term
-from .base import Equation, Proposal, Solver, counters, require_path
+from ..terms import Term
+from .base import Equation, Proposal, Solver, counters, require_flow, require_path
 from .stochastic import stepped
 
 _MOST_RAISED = math.sqrt(2.0) - 1.0  # of the noise level in one step: its variance at most doubles (Karras et al. 2022)
@@ -82,8 +82,7 @@ class EDMChurn(Solver):
         return 2
 
     def init(self, term: Term, z: Tensor) -> Tensor:
-        if not isinstance(term, ProbabilityFlow):
-            raise TypeError(f"EDMChurn integrates a ProbabilityFlow, not a {type(term).__name__}.")
+        require_flow(self, term)
         return counters(z)
 
     def _raised(self, term: Term, t0: Tensor, t1: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._tensor import column
+from .._tensor import column, select
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
-from .base import Equation, Proposal, Solver, require_flow
+from .base import Equation, Proposal, Solver, require_flow, require_path
 from .semilinear import Form, Linear, Variable, combine, level_of, linear, predict, variable_of, weights
 from .start import EXPLICIT, History, Start, empty, enter, held, shares
 
@@ -96,7 +96,7 @@ class Multistep(Solver):
             moved = moved + column(step.noise, z) * unit_noise(self, path, s0, s1, memory.entered, z)
         ready = self.ready(memory)
         if ready is not None:
-            moved = torch.where(column(ready.double(), z) > 0, moved, z)
+            moved = select(ready, moved, z)
         return Proposal(moved, None, NO_AUX, history, torch.ones_like(s0, dtype=torch.bool))
 
 
@@ -104,10 +104,7 @@ def unit_noise(
     solver: Solver, path: BrownianPath | None, s0: Tensor, s1: Tensor, step: Tensor, like: Tensor, lane: int = 0
 ) -> Tensor:
     """Standard normals like `like` from the path's increment over the step; 0 where the step has no length."""
-    if path is None:
-        raise ValueError(
-            f"path=None; {type(solver).__name__} needs a Brownian path, e.g. sdekit.IndependentIncrements."
-        )
+    path = require_path(solver, path)
     length = (s1 - s0).abs().sqrt()
     scale = torch.where(length > 0, 1.0 / torch.where(length > 0, length, 1.0), 0.0)
     return column(scale, like) * path.increment(s0, s1, step, like, lane)

@@ -84,7 +84,8 @@ class Linear(NamedTuple):
 
 def linear(sde: SDE, form: Form, t0: Tensor, t1: Tensor, level: Tensor) -> Linear:
     """The exact part of the step from t0 to t1 (B,) at noise level `level` (B,)."""
-    start, length = sde.half_log_snr(t0), sde.half_log_snr(t1) - sde.half_log_snr(t0)
+    start = sde.half_log_snr(t0)
+    length = sde.half_log_snr(t1) - start
     square = level.square()
     rate = 1.0 + square
     if form == "data":

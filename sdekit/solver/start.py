@@ -15,12 +15,12 @@ one with a corrector has an evaluation at the step's end besides.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._tensor import tree_map
+from .._tensor import select
 from .base import counters
 
 # Shares of the first step that are evaluated before it is made, and at which place of the history each is put; a place
@@ -81,17 +81,12 @@ def enter(start: Start, history: History, node: Tensor, prediction: Tensor) -> H
     for turn, (_, place, overwrite) in enumerate(start):
         if overwrite:
             now = history.entered == turn
-            nodes = where(now, instead(history.nodes, place, node), nodes)
+            nodes = select(now, instead(history.nodes, place, node), nodes)
             kept = tuple(prediction if k == place else old for k, old in enumerate(history.past))
-            past = where(now, kept, past)
+            past = select(now, kept, past)
     return History(history.entered + 1, nodes, past)
 
 
 def instead(stacked: Tensor, place: int, entry: Tensor) -> Tensor:
     """(B, K, ...) with `entry` (B, ...) at `place` of the second axis."""
     return torch.cat((stacked[:, :place], entry[:, None], stacked[:, place + 1 :]), 1)
-
-
-def where(mask: Tensor, a: Any, b: Any) -> Any:
-    """The tree `a` where `mask` (B,) holds, `b` elsewhere."""
-    return tree_map(lambda new, old: torch.where(mask.reshape(mask.shape + (1,) * (new.dim() - 1)), new, old), a, b)

@@ -8,13 +8,14 @@ a predictor of three points begins is told in start.py.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .._tensor import column
+from .._tensor import column, select
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ProbabilityFlow, ReverseSDE, Term
 from .base import Equation, Proposal, Solver, require_flow, require_reverse
@@ -46,9 +47,9 @@ class PredictCorrect(Solver):
         return "half_log_snr"
 
     @property
+    @abstractmethod
     def points(self) -> int:
         """How many past predictions the predictor takes."""
-        raise NotImplementedError
 
     @property
     def corrected(self) -> int:
@@ -80,12 +81,13 @@ class PredictCorrect(Solver):
         start, sde = CORRECTED[self.points], term.model.sde
         begun = memory.entered >= len(start)
         t0, t1 = term.time(s0), term.time(s1)
-        step = linear(sde, self.form, t0, t1, level_of(term, t0, t1))
+        level = level_of(term, t0, t1)
+        step = linear(sde, self.form, t0, t1, level)
         # While it starts, the step predicted ends inside of the step to come.
         share = torch.where(begun, 1.0, shares(start, memory.entered))
         node = torch.where(begun, step.start + step.length, step.start + share * step.length)
         t = torch.where(begun, t1, torch.where(share > 0, sde.clamp(sde.time_at(node)), t0))
-        part = linear(sde, self.form, t0, t, torch.where(begun, level_of(term, t0, t1), 0.0))
+        part = linear(sde, self.form, t0, t, torch.where(begun, level, 0.0))
         depth = len(memory.past)
         places = torch.arange(depth + 1, device=s0.device)
         known = held(start, memory.entered, depth) & (places[:depth] < self.points)
@@ -105,7 +107,7 @@ class PredictCorrect(Solver):
             valid = valid & (places <= self.corrected)
             each = self.weigh(term, step, nodes, valid, True)
             moved = combine(step.keep, z, each, (new, *memory.past)) + noise
-        moved = torch.where(column(begun.double(), z) > 0, moved, z)
+        moved = select(begun, moved, z)
         return Proposal(moved, None, NO_AUX, history, torch.ones_like(begun))
 
 
