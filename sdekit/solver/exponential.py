@@ -134,13 +134,17 @@ class DPMSolverPP(Multistep):
 
 
 def published(step: Linear, nodes: Tensor, valid: Tensor) -> Tensor:
-    """(B, K) weights of DPM-Solver++(2M), K = 2, or (3M), K = 3, as published; lower orders where nodes lack."""
-    h = step.length
+    """(B, K) weights of DPM-Solver++(2M), K = 2, or (3M), K = 3, as published; lower orders where nodes lack.
+
+    Of two equal nodes there is no difference to take. K = 2 is for the reverse SDE too.
+    """
+    h, z = step.length, step.exponent * step.length
     safe = torch.where(h == 0, 1.0, h)
-    gaps = torch.where(valid[:, 1:], nodes[:, :-1] - nodes[:, 1:], 1.0)
-    gaps = torch.where(gaps == 0, 1.0, gaps) / safe[:, None]
-    there = valid[:, 1:].double()
-    whole, middle = -torch.expm1(-h), -0.5 * torch.expm1(-h)
+    apart = nodes[:, :-1] - nodes[:, 1:]
+    usable = valid[:, 1:] & (apart != 0)
+    gaps = torch.where(usable, apart, 1.0) / safe[:, None]
+    there = usable.double()
+    whole, middle = -torch.expm1(z), -0.5 * torch.expm1(z)
     # Differences as combinations of the predictions: d0 = (m0 - m1)/r0, d1 = (m1 - m2)/r1.
     count = nodes.shape[1]
     unit = torch.eye(count, dtype=torch.float64, device=nodes.device)
@@ -152,8 +156,8 @@ def published(step: Linear, nodes: Tensor, valid: Tensor) -> Tensor:
     r0, r1 = gaps[:, :1], gaps[:, 1:]
     first = d0 + r0 / (r0 + r1) * (d0 - d1)
     curve = (d0 - d1) / (r0 + r1)
-    p2 = h * psi(2, -h)
-    p3 = h.square() * psi(3, -h) / safe
+    p2 = h * psi(2, z)
+    p3 = h.square() * psi(3, z) / safe
     third = whole[:, None] * unit[0] + p2[:, None] * first + p3[:, None] * curve
     return step.gain[:, None] * torch.where(valid[:, 2:], third, second)
 

@@ -14,6 +14,7 @@ from .._tensor import column
 from ..brownian import BrownianPath
 from ..terms import NO_AUX, ReverseSDE, Term
 from .base import Equation, Proposal, Solver, counters, require_reverse
+from .exponential import published
 from .multistep import Multistep, unit_noise
 from .semilinear import Form, Linear
 from .start import History, empty
@@ -83,11 +84,7 @@ class SDEDPMSolverPP(Multistep):
     def weigh(self, term: Term, step: Linear, history: History, valid: Tensor) -> Tensor:
         if not self.compat or self.order == 1:
             return super().weigh(term, step, history, valid)
-        whole = -step.gain * torch.expm1(step.exponent * step.length)
-        gap = history.nodes[:, 0] - history.nodes[:, 1]
-        usable = valid[:, 1] & (gap != 0)
-        slope = torch.where(usable, 0.5 * whole * step.length / torch.where(usable, gap, 1.0), 0.0)
-        return torch.stack((whole + slope, -slope), 1)
+        return published(step, history.nodes, valid)
 
 
 @dataclass(frozen=True)
