@@ -4,7 +4,9 @@ Flow samplers all start from the same draws of the prior and solve the same equa
 VP process, on exact scores and on learned networks, in float64. The reference is Dopri8 at 1e-12; what it differs from
 the same method at 1e-11 in another variable is reported. Errors are root mean squares over samples and coordinates, and
 the median over samples of a sample's. Each of our solvers is shown on the best of three grids at every count, which no
-user knows beforehand; the goals are on `sdekit.sample` as it is. Stochastic samplers are compared by their laws.
+user knows beforehand; the goals are on `sdekit.plan_sampling`, which measures a grid on 64 other draws, once for a model
+and a count (its evaluations of each of them stand with it), and on `sdekit.sample` as it is. Stochastic samplers are
+compared by their laws.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ matplotlib.use("Agg")
 COUNTS = (10, 20, 50, 100)
 SDE = sdekit.VPSDE(t_min=1e-3)
 WANTED = {"exact": {20: 1 / 2, 50: 1 / 50}, "learned": {20: 1 / 1.5, 50: 1 / 2}}
-DEFAULT = "sdekit.sample"
+DEFAULT, PLAN = "sdekit.sample", "sdekit.plan_sampling"
 Grid = Callable[[sdekit.ScoreModel, int], Tensor]
 GRIDS: dict[str, Grid] = {
     "log-SNR": lambda model, n: sdekit.grid.uniform_half_log_snr(model.sde, n),
@@ -182,6 +184,19 @@ def ours(case: Problem, counts: tuple[int, ...], bar: tqdm) -> dict[str, Scores]
     for count in counts:
         end = sdekit.sample(case.model, case.start.shape, steps=count - 1, denoise=False, dtype=torch.float64)
         found["default"][DEFAULT][count] = scored(case, end.x, int(end.stats.evaluations[0]), "default")
+    found["plan"] = {PLAN: {}}
+    for count in counts:
+        plan = sdekit.plan_sampling(case.model, case.start.shape[1:], count - 1, dtype=torch.float64)
+        end = sdekit.sample(
+            *(case.model, case.start.shape),
+            solver=plan.solver,
+            controller=plan.controller,
+            denoise=False,
+            dtype=torch.float64,
+        )
+        name = f"planned by {plan.evaluations}, {short(plan.solver)}"
+        found["plan"][PLAN][count] = scored(case, end.x, int(end.stats.evaluations[0]), name)
+        bar.update()
     return found
 
 
@@ -227,19 +242,21 @@ def judge(report: Report, table: Table, case: Problem, mine: Scores, peers: Scor
     """The default and our best solver beside the best peer, by count."""
     for count in counts:
         rival = min(peers, key=lambda name: peers[name][count].rms)
-        best = min((name for name in mine if name != DEFAULT), key=lambda name: mine[name][count].rms)
+        best = min((name for name in mine if name not in (DEFAULT, PLAN)), key=lambda name: mine[name][count].rms)
         low, default, winner = peers[rival][count].rms, mine[DEFAULT][count].rms, mine[best][count]
+        planned = mine[PLAN][count].rms
         table.rows.append(
             [
-                *(case.name, count, default, f"{best}, {winner.grid}", winner.rms, rival, low),
-                *(default / low, winner.rms / low),
+                *(case.name, count, default, planned, f"{best}, {winner.grid}", winner.rms, rival, low),
+                *(default / low, planned / low, winner.rms / low),
                 *(mine[DEFAULT][count].median / min(row[count].median for row in peers.values()),),
             ]
         )
         if count in WANTED[case.kind]:
-            report.goals.append(
-                Goal(f"{case.name}, {count}: default / best peer", default / low, high=WANTED[case.kind][count])
-            )
+            report.goals += [
+                Goal(f"{case.name}, {count}: {name} / best peer", value / low, high=WANTED[case.kind][count])
+                for name, value in (("plan", planned), ("default", default))
+            ]
 
 
 def candidates(report: Report, cases: list[Problem], every: list[dict[str, Scores]], counts: tuple[int, ...]) -> None:
@@ -272,13 +289,14 @@ def picture(cases: list[Problem], every: list[Scores], peers: list[Scores], path
     for axis, case, mine, foreign in zip(axes.flat, cases, every, peers, strict=False):
         for rows, color, label in ((foreign, "0.6", "other packages"), (mine, "C0", "sdekit, every solver")):
             for number, (name, row) in enumerate(rows.items()):
-                if name == DEFAULT:
+                if name in (DEFAULT, PLAN):
                     continue
                 axis.loglog(list(row), [s.rms for s in row.values()], color=color, lw=0.7, alpha=0.6,
                             label=label if number == 0 else None)  # fmt: skip
         counts = list(mine[DEFAULT])
         axis.loglog(counts, [min(r[n].rms for r in foreign.values()) for n in counts], "k--", lw=1.5, label="best peer")
         axis.loglog(counts, [mine[DEFAULT][n].rms for n in counts], "C3o-", lw=2, label=DEFAULT)
+        axis.loglog(counts, [mine[PLAN][n].rms for n in counts], "C2s-", lw=2, label=PLAN)
         axis.set(title=case.name, xlabel="evaluations", ylabel="endpoint error (rms)")
         axis.set_xticks(counts, [str(n) for n in counts], minor=False)
         axis.set_xticks([], minor=True)
@@ -390,10 +408,10 @@ def main() -> None:
     chosen = arguments(__doc__)
     counts = (10, 20) if chosen.quick else COUNTS
     report = Report("work_precision", chosen)
-    columns = ["problem", "evaluations", "default", "our best", "its error", "best peer", "its error"]
+    columns = ["problem", "evaluations", "default", "plan", "our best", "its error", "best peer", "its error"]
     note = "Root mean square errors; the last column compares medians over samples, to the best peer's in that."
     summary = report.table(
-        "beside the best of the others", [*columns, "default / peer", "best / peer", "medians"], note
+        "beside the best of the others", [*columns, "default / peer", "plan / peer", "best / peer", "medians"], note
     )
     cases, every, mine, peers = problems(chosen.seed, chosen.quick), [], [], []
     with tqdm(desc="methods", unit="") as bar:

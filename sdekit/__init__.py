@@ -35,6 +35,7 @@ from .model import (
     v,
     velocity,
 )
+from .plan import Plan, plan_sampling
 from .sampling import decode, encode, sample
 from .sde import SDE, VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
 from .solution import LogLikelihood, Solution, Stats, Status
@@ -129,6 +130,7 @@ __all__ = [
     "NetworkError",
     "Parameterization",
     "PartialResultWarning",
+    "Plan",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RectifiedFlow",
@@ -168,6 +170,7 @@ __all__ = [
     "integrate",
     "log_likelihood",
     "noise",
+    "plan_sampling",
     "sample",
     "score",
     "table_label",

@@ -104,11 +104,11 @@ def sample(
     require_seed(seed)
     require_count("max_evaluations", max_evaluations, 1 + int(denoise))
     require_deterministic(model)
-    where = _device(model, device)
+    where = device_of(model, device)
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
-    chosen = solver if solver is not None else _default(level, count if controller is None else None)
+    chosen = solver if solver is not None else default_solver(level, count if controller is None else None)
     term = _equation(model, chosen, level, start)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
     draws = chosen.draws or isinstance(term, ReverseSDE)
@@ -219,11 +219,10 @@ def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Te
     return (drawn * model.sde.prior_std).reshape(shape).to(dtype)
 
 
-def _device(model: ScoreModel, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        parameter = next(model.parameters(), None)
-        device = parameter.device if parameter is not None else "cpu"
-    chosen = torch.device(device)
+def device_of(model: ScoreModel, device: torch.device | str | None) -> torch.device:
+    """`device`, or that of the model's parameters; it must have float64."""
+    own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    chosen = own if device is None else torch.device(device)
     require_float64(chosen)
     return chosen
 
@@ -240,7 +239,7 @@ def _controller(model: ScoreModel, controller: Controller | None, steps: int | N
     return FixedGrid(times.flip(0) if forward else times)
 
 
-def _default(level: Eta, steps: int | None) -> Solver:
+def default_solver(level: Eta, steps: int | None) -> Solver:
     """The solver that won where it was measured, for a grid of so many steps, or for a controller (None)."""
     if level != 0:
         return StochasticHeun() if steps is None else SDEDPMSolverPP(2)
@@ -284,7 +283,7 @@ def _transport(
     require_batch("x", x)
     require_same_device(model, x)
     require_deterministic(model)
-    chosen = solver if solver is not None else _default(0.0, steps)
+    chosen = solver if solver is not None else default_solver(0.0, steps)
     numbers = require_indices(None, x.shape[0], x.device)
     if chosen.equation == "reverse" or chosen.draws:
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")

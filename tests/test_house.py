@@ -69,6 +69,7 @@ ORDER = [
     "recording",
     "playback",
     "sampling",
+    "plan",
     "interop.scipy",
     "zoo._baselines",
     "zoo._cells",
