@@ -28,6 +28,7 @@ ORDER = [
     "model.parameterization",
     "model._file",
     "model.score_model",
+    "model.guidance",
     "model.nets",
     "_components",
     "targets",
