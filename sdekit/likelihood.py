@@ -228,7 +228,7 @@ def _result(
     last = term.time(carry.s)
     latent = term.leave(state, carry.s)
     size = state.u.shape[1]
-    values = state.log_det[:, :1] if term.fresh else state.log_det
+    values = state.log_det[:, : term.values]
     log_det = size * (term.log_scale(last) - term.log_scale(start)) + values.mean(1) + entry.log_det
     if transform is not None:
         log_det = log_det + transform.log_det(term.event)
@@ -244,11 +244,12 @@ def _result(
         status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
     arrived = (status == Status.DONE) | (status == Status.LOOSE)
     nothing = torch.full_like(log_prior, math.nan)
+    log_prob = torch.where(arrived, log_prior + log_det, nothing)
     stats = Stats(
         carry.evaluations + entry.evaluations, carry.accepted, carry.rejected, outcome.calls + entry.evaluations
     )
     return LogLikelihood(
-        torch.where(arrived, log_prior + log_det, nothing),
+        log_prob,
         torch.where(arrived, variance.sqrt(), nothing),
         torch.where(arrived, solver_error, nothing),
         torch.where(arrived, log_prior, nothing),
@@ -257,6 +258,7 @@ def _result(
         status,
         stats,
         last,
+        None if term.values < 2 else log_prob[:, None] + (values - values.mean(1, keepdim=True)),
     )
 
 
