@@ -63,6 +63,7 @@ ORDER = [
     "loss",
     "training",
     "likelihood",
+    "comparison",
     "accuracy.order",
     "accuracy.paths",
     "accuracy.stochastic",
