@@ -23,6 +23,7 @@ from ._checks import (
     require_indices,
     require_same_device,
     require_seed,
+    require_shape,
 )
 from ._random import Stream
 from .brownian import BrownianPath, IndependentIncrements
@@ -97,14 +98,12 @@ def sample(
         ValueError, TypeError: Arguments that do not fit.
         SolveError: A sample failed and `throw`.
     """
-    sizes = tuple(shape)
-    if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
+    sizes = require_shape(shape)
     level = _level(solver, eta)
     require_seed(seed)
     require_count("max_evaluations", max_evaluations, 1 + int(denoise))
     require_deterministic(model)
-    where = _device(model, device)
+    where = device_of(model, device)
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
@@ -219,7 +218,8 @@ def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Te
     return (drawn * model.sde.prior_std).reshape(shape).to(dtype)
 
 
-def _device(model: ScoreModel, device: torch.device | str | None) -> torch.device:
+def device_of(model: ScoreModel, device: torch.device | str | None) -> torch.device:
+    """`device` checked; default that of the network's parameters, else the CPU."""
     if device is None:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else "cpu"
