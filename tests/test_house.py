@@ -71,6 +71,7 @@ ORDER = [
     "recording",
     "playback",
     "sampling",
+    "sampled_density",
     "interop.scipy",
     "zoo._baselines",
     "zoo._cells",
