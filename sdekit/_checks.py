@@ -7,6 +7,7 @@ for those samples alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,14 @@ def require_indices(indices: Tensor | None, batch: int, device: torch.device) ->
     if indices.shape != (batch,):
         raise ValueError(f"indices.shape={tuple(indices.shape)}; ({batch},) is needed, a number for each sample.")
     return indices.to(device=device, dtype=torch.int64)
+
+
+def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """`shape` as (n, *event), checked."""
+    sizes = tuple(shape)
+    if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
+    return sizes
 
 
 def require_seed(seed: int) -> None:

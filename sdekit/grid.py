@@ -34,12 +34,14 @@ class MixedTime:
     Args:
         sde: The forward process.
         data_std: The data's standard deviation, > 0.
+        downward: s runs from 0 (noise) to 1 (data) instead, so that a solve from noise to data has increasing s.
     """
 
-    def __init__(self, sde: SDE, data_std: float) -> None:
+    def __init__(self, sde: SDE, data_std: float, downward: bool = False) -> None:
         require_positive("data_std", data_std)
         self.sde = sde
         self.data_std = data_std
+        self.downward = downward
         ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
         low, high = (float(q) for q in -sde.half_log_snr(ends))
         self._low, self._scale_log = low, 0.5 / (high - low)
@@ -60,32 +62,36 @@ class MixedTime:
         return position, self._scale_log + self._scale_sat * rho * ratio.square() / (wide * (1.0 + ratio))
 
     def position(self, q: Tensor) -> Tensor:
-        """s in [0, 1] at q = log(sigma/alpha), float64, the shape of `q`."""
+        """s in [0, 1], upward, at q = log(sigma/alpha), float64, the shape of `q`."""
         return self._both(q)[0]
 
     def slope(self, q: Tensor) -> Tensor:
-        """ds/dq > 0 at q = log(sigma/alpha)."""
+        """ds/dq > 0, upward, at q = log(sigma/alpha)."""
         return self._both(q)[1]
 
     def log_ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """q = log(sigma/alpha) at `s` and dq/ds there, by a table and one Newton step, without a branch."""
+        s = 1.0 - s if self.downward else s
         table_s, table_q = self._table_s.to(s.device), self._table_q.to(s.device)
         right = torch.searchsorted(table_s, s.contiguous()).clamp_(1, _TABLE - 1)
         left_s = table_s[right - 1]
         q = table_q[right - 1] + self._spacing * (s - left_s) / (table_s[right] - left_s)
         here, slope = self._both(q)
         q = q - (here - s) / slope
-        return q, self._both(q)[1].reciprocal()
+        rate = self._both(q)[1].reciprocal()
+        return q, -rate if self.downward else rate
 
     def coordinate(self, t: Tensor) -> Tensor:
-        """s at time `t`, float64, the shape of `t`; exactly 0 at t_min and 1 at t_max."""
+        """s at time `t`, float64, the shape of `t`; exactly 0 at t_min and 1 at t_max (downward: 1 and 0)."""
         s = self.position(-self.sde.half_log_snr(t))
-        return torch.where(t <= self.sde.t_min, 0.0, torch.where(t >= self.sde.t_max, 1.0, s))
+        s = torch.where(t <= self.sde.t_min, 0.0, torch.where(t >= self.sde.t_max, 1.0, s))
+        return 1.0 - s if self.downward else s
 
     def time(self, s: Tensor) -> Tensor:
         """t in [t_min, t_max] at `s`, float64, the shape of `s`; exact at both ends."""
         t = self.sde.clamp(self.sde.time_at(-self.log_ratio(s)[0]))
-        return torch.where(s <= 0.0, self.sde.t_min, torch.where(s >= 1.0, self.sde.t_max, t))
+        first, last = (self.sde.t_max, self.sde.t_min) if self.downward else (self.sde.t_min, self.sde.t_max)
+        return torch.where(s <= 0.0, first, torch.where(s >= 1.0, last, t))
 
 
 @lru_cache(maxsize=64)

@@ -38,7 +38,7 @@ from .divergence import Divergence, Exact, Hutchinson, require_traceable
 from .ends import End, Entry, enter_data
 from .errors import SmoothnessWarning, ToleranceWarning
 from .grid import MixedTime
-from .integrate import Outcome, Problem, begin, check_limits, drive, finish
+from .integrate import Carry, Outcome, Problem, begin, check_limits, drive, finish
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
@@ -48,11 +48,11 @@ from .solver.base import Solver
 from .targets import Gaussian
 from .units import Affine
 
-_EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
+EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
 
 
-class _Method(NamedTuple):
+class Method(NamedTuple):
     """The solve's parts, and the tolerance its estimate is held against (None for none)."""
 
     divergence: Divergence
@@ -116,7 +116,7 @@ def log_likelihood(
     require_same_device(model, x)
     require_deterministic(model)
     model.check_batch(x.shape[0])
-    method = _method(model, x, divergence, tolerance, nodes, solver, controller)
+    method = choose_method(model, x, divergence, tolerance, nodes, solver, controller)
     _check_end(end, t)
     limits = check_limits(max_evaluations, wall_time, progress)
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
@@ -143,11 +143,11 @@ def log_likelihood(
         outcome = drive(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
         result = _result(term, method, outcome, entry, start, data_moments, transform)
     finish(result, outcome.carry.status, outcome.error, result.t, "the noise's end of time", numbers, throw)
-    _warn_loose(result, method)
+    warn_loose(result.status, result.solver_error, method)
     return result._replace(latent=result.latent.to(x.dtype))
 
 
-def _method(
+def choose_method(
     model: ScoreModel,
     x: Tensor,
     divergence: Divergence | None,
@@ -155,7 +155,7 @@ def _method(
     nodes: int | None,
     solver: Solver | None,
     controller: Controller | None,
-) -> _Method:
+) -> Method:
     """The divergence, solver and controller asked for, checked to fit one another."""
     require_positive("tolerance", tolerance)
     if nodes is not None and (solver is not None or controller is not None):
@@ -174,7 +174,7 @@ def _method(
     check_method(chosen_solver, judge, None)
     if divergence is None:
         size = x.shape[1:].numel()
-        divergence = Exact() if size <= _EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
+        divergence = Exact() if size <= EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
     if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
@@ -182,7 +182,7 @@ def _method(
             f"fresh probes need a solver that weighs its nodes, and {type(chosen_solver).__name__} does not: "
             "use the default solver, or Hutchinson(..., fresh=False)."
         )
-    return _Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
+    return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
 
 
 def _check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
@@ -215,7 +215,7 @@ def _check_end(end: str, t: Tensor | float | None) -> None:
 
 def _result(
     term: LikelihoodFlow,
-    method: _Method,
+    method: Method,
     outcome: Outcome,
     entry: Entry,
     start: Tensor,
@@ -228,7 +228,7 @@ def _result(
     last = term.time(carry.s)
     latent = term.leave(state, carry.s)
     size = state.u.shape[1]
-    values = state.log_det[:, :1] if term.fresh else state.log_det
+    values = state.log_det[:, : term.values]
     log_det = size * (term.log_scale(last) - term.log_scale(start)) + values.mean(1) + entry.log_det
     if transform is not None:
         log_det = log_det + transform.log_det(term.event)
@@ -236,19 +236,15 @@ def _result(
         log_prior = sde.prior_log_prob(latent)
     else:
         log_prior = data_moments.marginal_log_prob(sde, latent, sde.t_max)
-    variance = _probe_variance(term, method.solver, carry.memory, state) + entry.variance
-    spent = method.controller.spent(carry.control)
-    solver_error = torch.full_like(log_prior, math.nan) if spent is None else spent
-    status = carry.status
-    if method.tolerance is not None:
-        status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
-    arrived = (status == Status.DONE) | (status == Status.LOOSE)
+    variance = probe_variance(term, method.solver, carry.memory, state) + entry.variance
+    solver_error, status, arrived = judged(method, carry)
     nothing = torch.full_like(log_prior, math.nan)
+    log_prob = torch.where(arrived, log_prior + log_det, nothing)
     stats = Stats(
         carry.evaluations + entry.evaluations, carry.accepted, carry.rejected, outcome.calls + entry.evaluations
     )
     return LogLikelihood(
-        torch.where(arrived, log_prior + log_det, nothing),
+        log_prob,
         torch.where(arrived, variance.sqrt(), nothing),
         torch.where(arrived, solver_error, nothing),
         torch.where(arrived, log_prior, nothing),
@@ -257,10 +253,21 @@ def _result(
         status,
         stats,
         last,
+        None if term.values < 2 else log_prob[:, None] + (values - values.mean(1, keepdim=True)),
     )
 
 
-def _probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: FlowState) -> Tensor:
+def judged(method: Method, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) error estimate (NaN without one), status (LOOSE above the tolerance), and whether the sample arrived."""
+    spent = method.controller.spent(carry.control)
+    solver_error = torch.full_like(carry.s, math.nan) if spent is None else spent
+    status = carry.status
+    if method.tolerance is not None:
+        status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
+    return solver_error, status, (status == Status.DONE) | (status == Status.LOOSE)
+
+
+def probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: FlowState) -> Tensor:
     """(B,) variance that the probes left in the log determinant."""
     if not isinstance(term.divergence, Hutchinson):
         return torch.zeros_like(state.log_det[:, 0])
@@ -274,12 +281,13 @@ def _probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state:
     return state.log_det.var(1) / state.log_det.shape[1]
 
 
-def _warn_loose(result: LogLikelihood, method: _Method) -> None:
-    loose = int((result.status == Status.LOOSE).sum())
+def warn_loose(status: Tensor, solver_error: Tensor, method: Method) -> None:
+    """Warns of samples that arrived with an estimated error above the tolerance."""
+    loose = int((status == Status.LOOSE).sum())
     if loose:
-        worst = float(result.solver_error.nan_to_num(0.0).max())
+        worst = float(solver_error.nan_to_num(0.0).max())
         warnings.warn(
-            f"{loose} of {result.status.shape[0]} samples arrived with an estimated error above tolerance="
+            f"{loose} of {status.shape[0]} samples arrived with an estimated error above tolerance="
             f"{method.tolerance:g} (worst {worst:.3g} nats); see solver_error and status. Kinked networks (ReLU) and "
             "low precision reach the cap: loosen the tolerance.",
             ToleranceWarning,

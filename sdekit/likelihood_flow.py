@@ -77,10 +77,15 @@ class LikelihoodFlow(Term):
 
     @property
     def channels(self) -> int:
-        """How many log determinants the state carries: 1 exact or fresh, one a fixed probe, one more for a control."""
+        """How many log determinants the state carries: 1 exact, else one a probe, and one more for a control."""
         if not isinstance(self.divergence, Hutchinson):
             return 0 if self.divergence is None else 1
-        return 1 + int(self.divergence.control) if self.fresh else self.divergence.probes
+        return self.divergence.probe_count
+
+    @property
+    def values(self) -> int:
+        """How many of them estimate the value: all but the control."""
+        return self.channels - int(isinstance(self.divergence, Hutchinson) and self.divergence.control)
 
     @property
     def keeps_product(self) -> bool:
@@ -152,10 +157,9 @@ class LikelihoodFlow(Term):
         products = products * column(jacobian, products)
         if self.fresh:
             count = self.divergence.probes
-            merged = traces[:, :count].mean(1, keepdim=True)
             if self.divergence.control:
-                merged = torch.cat((merged, traces[:, count:].mean(1, keepdim=True)), 1)
-            return out, merged, None, note(probes[:count], products[:, :count])
+                traces = torch.cat((traces[:, :count], traces[:, count:].mean(1, keepdim=True)), 1)
+            return out, traces, None, note(probes[:count], products[:, :count])
         return out, traces, products[:, 0] if self.keeps_product else None, None
 
     def watched(self, z: FlowState) -> Tensor:
@@ -167,7 +171,7 @@ class LikelihoodFlow(Term):
             raise TypeError("a LikelihoodFlow without a divergence carries no density; control it in the state's norm.")
         if not self.fresh:
             return dot(gradient, error.u).abs() + error.log_det.mean(1).abs()
-        if self.channels > 1:
-            return dot(gradient, error.u).abs() + error.log_det[:, 1].abs()
+        if self.channels > self.values:
+            return dot(gradient, error.u).abs() + error.log_det[:, -1].abs()
         # Fresh noise must not steer the path: without a control probe only the norms are at hand.
         return dot(gradient, gradient).sqrt() * dot(error.u, error.u).sqrt()

@@ -23,6 +23,7 @@ from ._checks import (
     require_indices,
     require_same_device,
     require_seed,
+    require_shape,
 )
 from ._random import Stream
 from .brownian import BrownianPath, IndependentIncrements
@@ -97,9 +98,7 @@ def sample(
         ValueError, TypeError: Arguments that do not fit.
         SolveError: A sample failed and `throw`.
     """
-    sizes = tuple(shape)
-    if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
+    sizes = require_shape(shape)
     level = _level(solver, eta)
     require_seed(seed)
     require_count("max_evaluations", max_evaluations, 1 + int(denoise))

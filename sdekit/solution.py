@@ -105,6 +105,8 @@ class LogLikelihood(NamedTuple):
         status: int64 of `Status`.
         stats: Cost.
         t: float64 time reached.
+        by_probe: (B, K) float64 nats, `log_prob` as each of K >= 2 probes along the path has it, alone: their mean is
+            `log_prob`; None for one probe or none. (What a correction at the data's end adds is that of all probes.)
     """
 
     log_prob: Tensor
@@ -116,6 +118,7 @@ class LogLikelihood(NamedTuple):
     status: Tensor
     stats: Stats
     t: Tensor
+    by_probe: Tensor | None = None
 
     def bits_per_dim(self, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
         """(B,) float64 bits per dimension of data quantised to `levels` equal bins of [low, high], dequantised.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ._checks import require_batch, require_count
 from ._components import Components, Pull
 from ._tensor import column, flatten
-from .model.parameterization import LogSigmaLabel, Noise, Parameterization, TimeLabel
+from .model.parameterization import Noise, Parameterization, time_of_label
 from .model.score_model import ScoreModel
 from .sde.base import SDE, as_time
 
@@ -121,22 +121,8 @@ class _ExactNet(nn.Module):
         self.sde = sde
         self.parameterization = parameterization
 
-    def _time(self, label: Tensor) -> Tensor:
-        """The time of a label: in closed form where the label knows it, else by bisection (labels are monotone)."""
-        meaning, sde = self.parameterization.label, self.sde
-        if isinstance(meaning, (TimeLabel, LogSigmaLabel)):
-            return sde.clamp(meaning.time_of(sde, label.double()))
-        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=label.device)
-        first, last = meaning(sde, ends)
-        low, high = (sde.half_log_snr(end).expand_as(label) for end in ends)
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            before = (meaning(sde, sde.clamp(sde.time_at(middle))) < label) == (first < last)
-            low, high = torch.where(before, middle, low), torch.where(before, high, middle)
-        return sde.clamp(sde.time_at(0.5 * (low + high)))
-
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        t = self._time(label)
+        t = time_of_label(self.parameterization.label, self.sde, label)
         scale = self.parameterization.input_scale(self.sde, t)
         data, noise = self.target.predict(self.sde, x if scale is None else x / column(scale, x), t)
         mix = self.parameterization.mix(self.sde, t)

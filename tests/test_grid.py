@@ -95,6 +95,18 @@ def test_the_ends_of_the_mixed_variable_are_exact(sde, data_std):
 
 
 @every_sde
+def test_the_mixed_variable_downward_is_the_same_from_the_other_end(sde):
+    up, down, s = MixedTime(sde, 0.5), MixedTime(sde, 0.5, downward=True), steps()
+    ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+    assert down.coordinate(ends).tolist() == [0.0, 1.0]
+    assert down.time(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == ends.tolist()
+    assert torch.equal(down.time(s), up.time(1.0 - s))
+    (q, rate), (wanted, opposite) = down.log_ratio(s), up.log_ratio(1.0 - s)
+    assert torch.equal(q, wanted)
+    assert torch.equal(rate, -opposite)
+
+
+@every_sde
 @pytest.mark.parametrize("data_std", [1e-3, 0.5, 1e3])
 def test_the_rate_of_the_mixed_variable_is_its_derivative(sde, data_std):
     mixed = MixedTime(sde, data_std)

@@ -88,6 +88,26 @@ def table_label(steps: int) -> TimeLabel:
     return TimeLabel(float(steps), -1.0)
 
 
+def time_of_label(meaning: Label, sde: SDE, label: Tensor) -> Tensor:
+    """(B,) float64 time of a label: in closed form where the label knows it, else by bisection (labels are monotone).
+
+    Args:
+        meaning: Takes (sde, t) and returns the label.
+        sde: The forward process.
+        label: What a network was given, (B,).
+    """
+    if isinstance(meaning, (TimeLabel, LogSigmaLabel)):
+        return sde.clamp(meaning.time_of(sde, label.double()))
+    ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=label.device)
+    first, last = meaning(sde, ends)
+    low, high = (sde.half_log_snr(end).expand_as(label) for end in ends)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        before = (meaning(sde, sde.clamp(sde.time_at(middle))) < label) == (first < last)
+        low, high = torch.where(before, middle, low), torch.where(before, high, middle)
+    return sde.clamp(sde.time_at(0.5 * (low + high)))
+
+
 @dataclass(frozen=True)
 class Parameterization(ABC):
     """The meaning of a network's output, F = a x0 + b eps, and what the network is given.

@@ -117,7 +117,11 @@ class ScoreModel(nn.Module):
         """
         scale = self.parameterization.input_scale(self.sde, t)
         seen = x if scale is None else column(scale, x) * x
-        return self._answer(seen, self.parameterization.label(self.sde, t), self._dtype(x))
+        return self.answer(seen, self.parameterization.label(self.sde, t))
+
+    def answer(self, seen: Tensor, label: Tensor) -> Tensor:
+        """The network's own output for its scaled input `seen` (B, *event) and label (B,), in the dtype of `seen`."""
+        return self._answer(seen, label, self._dtype(seen))
 
     def caller(self, x: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
         """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.
