@@ -52,7 +52,7 @@ _EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
 
 
-class _Method(NamedTuple):
+class Method(NamedTuple):
     """The solve's parts, and the tolerance its estimate is held against (None for none)."""
 
     divergence: Divergence
@@ -116,14 +116,14 @@ def log_likelihood(
     require_same_device(model, x)
     require_deterministic(model)
     model.check_batch(x.shape[0])
-    method = _method(model, x, divergence, tolerance, nodes, solver, controller)
+    method = method_of(model, x, divergence, tolerance, nodes, solver, controller)
     _check_end(end, t)
     limits = check_limits(max_evaluations, wall_time, progress)
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
     start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
     if isinstance(method.controller, FixedGrid) and nodes is None:
         check_grid_ends(method.controller, start, torch.full_like(start, sde.t_max))
-    _check_laws(data_moments, transform, x)
+    check_laws(data_moments, transform, x)
     start_from = working(x)
     mapped = start_from if transform is None else transform.forward(start_from)
     term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
@@ -147,7 +147,7 @@ def log_likelihood(
     return result._replace(latent=result.latent.to(x.dtype))
 
 
-def _method(
+def method_of(
     model: ScoreModel,
     x: Tensor,
     divergence: Divergence | None,
@@ -155,7 +155,7 @@ def _method(
     nodes: int | None,
     solver: Solver | None,
     controller: Controller | None,
-) -> _Method:
+) -> Method:
     """The divergence, solver and controller asked for, checked to fit one another."""
     require_positive("tolerance", tolerance)
     if nodes is not None and (solver is not None or controller is not None):
@@ -182,10 +182,10 @@ def _method(
             f"fresh probes need a solver that weighs its nodes, and {type(chosen_solver).__name__} does not: "
             "use the default solver, or Hutchinson(..., fresh=False)."
         )
-    return _Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
+    return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
 
 
-def _check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
+def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
     """Raises where the moments or the units do not fit the data: before the solve, not after it."""
     size = x.shape[1:].numel()
     given: object = data_moments
@@ -215,7 +215,7 @@ def _check_end(end: str, t: Tensor | float | None) -> None:
 
 def _result(
     term: LikelihoodFlow,
-    method: _Method,
+    method: Method,
     outcome: Outcome,
     entry: Entry,
     start: Tensor,
@@ -223,19 +223,11 @@ def _result(
     transform: Affine | None,
 ) -> LogLikelihood:
     """The LogLikelihood of a finished drive."""
-    carry, sde = outcome.carry, term.model.sde
+    carry = outcome.carry
     state: FlowState = carry.z
     last = term.time(carry.s)
-    latent = term.leave(state, carry.s)
-    size = state.u.shape[1]
-    values = state.log_det[:, :1] if term.fresh else state.log_det
-    log_det = size * (term.log_scale(last) - term.log_scale(start)) + values.mean(1) + entry.log_det
-    if transform is not None:
-        log_det = log_det + transform.log_det(term.event)
-    if data_moments is None:
-        log_prior = sde.prior_log_prob(latent)
-    else:
-        log_prior = data_moments.marginal_log_prob(sde, latent, sde.t_max)
+    log_prior, log_det, latent = density(term, state, start, carry.s, data_moments, transform)
+    log_det = log_det + entry.log_det
     variance = _probe_variance(term, method.solver, carry.memory, state) + entry.variance
     spent = method.controller.spent(carry.control)
     solver_error = torch.full_like(log_prior, math.nan) if spent is None else spent
@@ -260,6 +252,25 @@ def _result(
     )
 
 
+def density(
+    term: LikelihoodFlow,
+    state: FlowState,
+    start: Tensor,
+    s: Tensor,
+    data_moments: Gaussian | None,
+    transform: Affine | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) log prior and (B,) log determinant of a path from time `start` to `state` at `s`, and the latent there."""
+    last, latent = term.time(s), term.leave(state, s)
+    values = state.log_det[:, :1] if term.fresh else state.log_det
+    log_det = state.u.shape[1] * (term.log_scale(last) - term.log_scale(start)) + values.mean(1)
+    if transform is not None:
+        log_det = log_det + transform.log_det(term.event)
+    if data_moments is None:
+        return term.model.sde.prior_log_prob(latent), log_det, latent
+    return data_moments.marginal_log_prob(term.model.sde, latent, term.model.sde.t_max), log_det, latent
+
+
 def _probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: FlowState) -> Tensor:
     """(B,) variance that the probes left in the log determinant."""
     if not isinstance(term.divergence, Hutchinson):
@@ -274,7 +285,7 @@ def _probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state:
     return state.log_det.var(1) / state.log_det.shape[1]
 
 
-def _warn_loose(result: LogLikelihood, method: _Method) -> None:
+def _warn_loose(result: LogLikelihood, method: Method) -> None:
     loose = int((result.status == Status.LOOSE).sum())
     if loose:
         worst = float(result.solver_error.nan_to_num(0.0).max())
