@@ -92,12 +92,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(tuple(range(1, a.dim())), dtype=torch.float64)
 
 
-def working(x: Tensor) -> Tensor:
-    """`x` as a solve takes it: without a graph, and in float32 where it is shorter.
+def widened(x: Tensor) -> Tensor:
+    """`x`, its graph kept, in float32 where it is shorter.
 
     Half precision rounds a state by 1e-3 at every step, which no error estimate sees. The network is called in its own
     dtype all the same.
     """
     with torch.inference_mode(False):
-        plain = x.detach().clone() if x.is_inference() else x.detach()
+        plain = x.clone() if x.is_inference() else x
     return plain.float() if plain.dtype in (torch.float16, torch.bfloat16) else plain
+
+
+def working(x: Tensor) -> Tensor:
+    """`x` as a solve takes it: without a graph, and in float32 where it is shorter (`widened`)."""
+    return widened(x.detach())

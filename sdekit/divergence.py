@@ -10,6 +10,8 @@ For a field F with Jacobian A at x, and a probe v with E v v' = I,
 
 E |w|^2 = |A|^2 >= |S|^2 with equality for gradients, so one probe measures its own variance, up to sum_i A_ii^2, which
 two independent probes of neighbouring nodes estimate without bias (`Ledger`).
+
+As elsewhere in torch, value and traces can be differentiated where x requires a gradient, and are constants elsewhere.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Divergence(ABC):
 
         Args:
             field: Takes (B, *event), returns the same shape; no sample influences another.
-            x: States.
+            x: States. Where they require a gradient, value and traces keep their graph.
             probes: (P, B, D) from `draw`, or None where P = 0.
 
         Raises:
@@ -102,15 +104,16 @@ class Exact(Divergence):
     def evaluate(self, field: Field, x: Tensor, probes: Tensor | None) -> FieldValue:
         batch, size = x.shape[0], flatten(x).shape[1]
         chunk = self.chunk or max(1, min(size, _CHUNK_NUMBERS // max(1, batch * size)))
+        graph = _keeps_graph(x)
         out, leaf = _traced(field, x)
         trace = torch.zeros(batch, dtype=torch.float64, device=x.device)
         axes = torch.eye(size, dtype=x.dtype, device=x.device)
         for start in range(0, size, chunk):
             part = axes[start : start + chunk]
             vectors = part[:, None, :].expand(part.shape[0], batch, size).reshape(-1, *x.shape)
-            rows = _vector_jacobian(out, leaf, vectors, keep=start + chunk < size).flatten(2)
+            rows = _vector_jacobian(out, leaf, vectors, start + chunk < size, graph).flatten(2)
             trace = trace + torch.einsum("pbd,pd->b", rows.double(), part.double())
-        return FieldValue(out.detach(), trace[:, None], None)
+        return FieldValue(out if graph else out.detach(), trace[:, None], None)
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,11 @@ class Hutchinson(Divergence):
         if probes is None:
             raise ValueError("probes=None; Hutchinson needs its probes.")
         vectors = probes.reshape(-1, *x.shape)
-        result = _forward_mode(field, x, vectors) if self.mode == "jvp" else None
+        graph = _keeps_graph(x)  # then by vjp: the forward rules of many kernels cannot be differentiated again
+        result = _forward_mode(field, x, vectors) if self.mode == "jvp" and not graph else None
         if result is None:
             out, leaf = _traced(field, x)
-            result = out.detach(), _vector_jacobian(out, leaf, vectors, keep=False)
+            result = out if graph else out.detach(), _vector_jacobian(out, leaf, vectors, False, graph)
         products = result[1].flatten(2)
         traces = (probes * products).sum(2, dtype=torch.float64).T
         return FieldValue(result[0], traces, products.transpose(0, 1))
@@ -194,32 +198,49 @@ def require_traceable(field: Field, x: Tensor) -> None:
     Forward mode cannot tell: there a detached output has a derivative of zero.
     """
     out, leaf = _traced(field, x)
-    _vector_jacobian(out, leaf, torch.ones_like(out)[None], keep=False)
+    _vector_jacobian(out, leaf, torch.ones_like(out)[None], False, False)
+
+
+def _keeps_graph(x: Tensor) -> bool:
+    """Whether what is computed from `x` is to be differentiated."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The field's value with its graph, and the leaf it is to be differentiated by."""
+    """The field's value with its graph, and what it is to be differentiated by: `x` where that has a graph itself."""
+    leaf = x if _keeps_graph(x) else x.detach().requires_grad_()
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
         out = field(leaf)
     if not out.requires_grad:
         raise NetworkError(_DETACHED)
     return out, leaf
 
 
-def _vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool) -> Tensor:
-    """(P, B, *event) products of P vectors with the Jacobian, in one batched backward pass where kernels allow."""
+def _vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool) -> Tensor:
+    """(P, B, *event) products of P vectors with the Jacobian, in one batched backward pass where kernels allow.
+
+    Args:
+        out: The field's value.
+        leaf: What it is differentiated by.
+        vectors: (P, B, *event).
+        keep: Whether `out` is to be differentiated again.
+        graph: Whether the products are.
+    """
     if vectors.shape[0] == 1:
-        rows = torch.autograd.grad(out, leaf, vectors[0], retain_graph=keep, allow_unused=True)
+        rows = torch.autograd.grad(
+            out, leaf, vectors[0], retain_graph=keep or graph, create_graph=graph, allow_unused=True
+        )
         if rows[0] is None:
             raise NetworkError(_DETACHED)
         return rows[0][None]
     try:
-        batched = torch.autograd.grad(out, leaf, vectors, retain_graph=True, is_grads_batched=True, allow_unused=True)[
-            0
-        ]
+        batched = torch.autograd.grad(
+            *(out, leaf, vectors), retain_graph=True, create_graph=graph, is_grads_batched=True, allow_unused=True
+        )[0]
     except RuntimeError:  # a kernel without a batching rule: one product after another gives the same numbers
-        batched = torch.stack([torch.autograd.grad(out, leaf, v, retain_graph=True)[0] for v in vectors])
+        batched = torch.stack(
+            [torch.autograd.grad(out, leaf, v, retain_graph=True, create_graph=graph)[0] for v in vectors]
+        )
     if batched is None:
         raise NetworkError(_DETACHED)
     return batched

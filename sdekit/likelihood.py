@@ -123,7 +123,7 @@ def log_likelihood(
     start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
     if isinstance(method.controller, FixedGrid) and nodes is None:
         check_grid_ends(method.controller, start, torch.full_like(start, sde.t_max))
-    _check_laws(data_moments, transform, x)
+    check_laws(data_moments, transform, x)
     start_from = working(x)
     mapped = start_from if transform is None else transform.forward(start_from)
     term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
@@ -185,7 +185,7 @@ def choose_method(
     return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
 
 
-def _check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
+def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
     """Raises where the moments or the units do not fit the data: before the solve, not after it."""
     size = x.shape[1:].numel()
     given: object = data_moments
@@ -223,21 +223,14 @@ def _result(
     transform: Affine | None,
 ) -> LogLikelihood:
     """The LogLikelihood of a finished drive."""
-    carry, sde = outcome.carry, term.model.sde
+    carry = outcome.carry
     state: FlowState = carry.z
     last = term.time(carry.s)
-    latent = term.leave(state, carry.s)
-    size = state.u.shape[1]
-    values = state.log_det[:, : term.values]
-    log_det = size * (term.log_scale(last) - term.log_scale(start)) + values.mean(1) + entry.log_det
-    if transform is not None:
-        log_det = log_det + transform.log_det(term.event)
-    if data_moments is None:
-        log_prior = sde.prior_log_prob(latent)
-    else:
-        log_prior = data_moments.marginal_log_prob(sde, latent, sde.t_max)
+    log_prior, log_det, latent = density(term, state, start, carry.s, data_moments, transform)
+    log_det = log_det + entry.log_det
     variance = probe_variance(term, method.solver, carry.memory, state) + entry.variance
     solver_error, status, arrived = judged(method, carry)
+    values = state.log_det[:, : term.values]
     nothing = torch.full_like(log_prior, math.nan)
     log_prob = torch.where(arrived, log_prior + log_det, nothing)
     stats = Stats(
@@ -265,6 +258,25 @@ def judged(method: Method, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
     if method.tolerance is not None:
         status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
     return solver_error, status, (status == Status.DONE) | (status == Status.LOOSE)
+
+
+def density(
+    term: LikelihoodFlow,
+    state: FlowState,
+    start: Tensor,
+    s: Tensor,
+    data_moments: Gaussian | None,
+    transform: Affine | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) log prior and (B,) log determinant of a path from time `start` to `state` at `s`, and the latent there."""
+    last, latent = term.time(s), term.leave(state, s)
+    values = state.log_det[:, : term.values].mean(1)
+    log_det = state.u.shape[1] * (term.log_scale(last) - term.log_scale(start)) + values
+    if transform is not None:
+        log_det = log_det + transform.log_det(term.event)
+    if data_moments is None:
+        return term.model.sde.prior_log_prob(latent), log_det, latent
+    return data_moments.marginal_log_prob(term.model.sde, latent, term.model.sde.t_max), log_det, latent
 
 
 def probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: FlowState) -> Tensor:

@@ -155,6 +155,8 @@ class Adams(Solver):
         predict = backward.sum(1)[:, :depth]
         predicted = tree_map(lambda state, past: state + _weighted(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
+        # While it starts two nodes may coincide: what is not used must be zero, or a derivative meets its infinities.
+        forward = torch.where(begun[:, None, None], forward, 0.0)
         correct = forward.sum(1)
         last = torch.take_along_dim(forward, count[:, None, None].expand(-1, 1, depth + 1), 1)[:, 0]
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
