@@ -34,7 +34,7 @@ from ._checks import (
 from ._fit import check_grid_ends, check_method, times_of
 from ._tensor import working
 from .controller import Controller, FixedGrid, Nats
-from .divergence import Divergence, Exact, Hutchinson, require_traceable
+from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
 from .ends import End, Entry, enter_data
 from .errors import SmoothnessWarning, ToleranceWarning
 from .grid import MixedTime
@@ -48,7 +48,6 @@ from .solver.base import Solver
 from .targets import Gaussian
 from .units import Affine
 
-_EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
 
 
@@ -173,8 +172,7 @@ def _method(
         judge = Nats(tolerance)
     check_method(chosen_solver, judge, None)
     if divergence is None:
-        size = x.shape[1:].numel()
-        divergence = Exact() if size <= _EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
+        divergence = default_divergence(x.shape[1:].numel(), chosen_solver.weighs_nodes)
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
     if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
