@@ -31,7 +31,7 @@ from ._checks import (
     require_same_device,
     require_seed,
 )
-from ._fit import check_grid_ends, check_method, times_of
+from ._fit import check_grid_ends, check_method, check_moments, times_of
 from ._tensor import working
 from .controller import Controller, FixedGrid, Nats
 from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
@@ -185,13 +185,7 @@ def _method(
 
 def _check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
     """Raises where the moments or the units do not fit the data: before the solve, not after it."""
-    size = x.shape[1:].numel()
-    given: object = data_moments
-    if given is not None and not isinstance(given, Gaussian):
-        kind = type(given).__name__
-        raise TypeError(f"data_moments is a {kind}; an sdekit.targets.Gaussian is needed, e.g. Gaussian.fit(data).")
-    if data_moments is not None and data_moments.dim != size:
-        raise ValueError(f"data_moments has {data_moments.dim} dimensions, a sample has {size}; they must agree.")
+    check_moments(data_moments, x)
     if transform is not None:
         transform.check(x.shape[1:])
 
