@@ -96,7 +96,7 @@ def variational_bound(
         model: The score model, in eval mode.
         x: Data, (B, *event), floating, on the model's device.
         draws: Noise levels a sample, even, >= 2, with one network evaluation each.
-        times: The law of the levels, divided out again; None: CauchyLogSigma(log(data_std) - 1.5, 1.5).
+        times: The law of the levels, divided out again; None: Cauchy in log(sigma/alpha), see `bounds`.
         data_moments: Gaussian of the *data*: its p_T is then the model's terminal law, not the SDE's prior; and it
             takes more variance away than the default N(0, data_std^2 I) does.
         seed: 0 <= seed < 2^63.
@@ -145,7 +145,7 @@ def sde_bound(
         x: States at t_min, (B, *event), floating, on the model's device.
         divergence: How the trace is had. None: Exact() up to 128 dimensions, else Hutchinson(probes=1).
         draws: Noise levels a sample, even, >= 2, with one network evaluation and divergence each.
-        times: The law of the levels, divided out again; None: CauchyLogSigma(log(data_std) - 1.5, 1.5).
+        times: The law of the levels, divided out again; None: Cauchy in log(sigma/alpha), see `bounds`.
         data_moments: Gaussian of the *data*: its p_T is then the model's terminal law, not the SDE's prior; and it
             takes more variance away than the default N(0, data_std^2 I) does.
         seed: 0 <= seed < 2^63.
@@ -188,6 +188,6 @@ def ask(
     batch: int,
 ) -> Question:
     """The question that the arguments of an estimator put, checked."""
-    levels = CauchyLogSigma(math.log(model.data_std) + _CENTER, _SCALE) if times is None else times
+    levels = CauchyLogSigma(center=math.log(model.data_std) + _CENTER, scale=_SCALE) if times is None else times
     plan = Plan(draws, levels, seed, batch)
     return Question(model, x, plan, data_moments, indices)
