@@ -55,6 +55,16 @@ def require_float64(device: torch.device) -> None:
         ) from error
 
 
+def choose_device(module: nn.Module, device: torch.device | str | None) -> torch.device:
+    """`device`, or that of the module's parameters, or the CPU; checked to know float64."""
+    if device is None:
+        parameter = next(module.parameters(), None)
+        device = parameter.device if parameter is not None else "cpu"
+    chosen = torch.device(device)
+    require_float64(chosen)
+    return chosen
+
+
 def require_batch(name: str, x: Any) -> Tensor:
     """`x`, checked to be a real floating tensor with a batch axis and at least one event axis."""
     if not isinstance(x, Tensor):

@@ -10,6 +10,7 @@ from .brownian_motion import BrownianMotion
 from .controller import Controller, FixedGrid, Nats
 from .sde.base import as_time
 from .solver.base import Solver
+from .targets import Gaussian
 from .terms import ReverseSDE, Term
 
 
@@ -84,3 +85,14 @@ def check_grid_ends(controller: FixedGrid, begin_at: Tensor, end_at: Tensor) -> 
             f"the grid runs from t={first!r} to t={last!r}, the solve from t0 to t_end; they must agree exactly: "
             "flip the grid with .flip(0), or pass its own ends as t0 and t_end."
         )
+
+
+def check_moments(data_moments: Gaussian | None, x: Tensor) -> None:
+    """Raises where the moments do not fit the data `x` (B, *event)."""
+    given: object = data_moments
+    if given is not None and not isinstance(given, Gaussian):
+        kind = type(given).__name__
+        raise TypeError(f"data_moments is a {kind}; an sdekit.targets.Gaussian is needed, e.g. Gaussian.fit(data).")
+    size = x.shape[1:].numel()
+    if data_moments is not None and data_moments.dim != size:
+        raise ValueError(f"data_moments has {data_moments.dim} dimensions, a sample has {size}; they must agree.")

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     PRIOR = 4
     LEVY = 5
     CHAIN = 6
+    LEVEL = 11
 
 
 def _shift(word: Tensor, by: int) -> Tensor:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ._checks import require_batch
-from .divergence import Divergence, Exact, Hutchinson
+from .divergence import EXACT_UP_TO, Divergence, Exact, Hutchinson
 from .errors import PartialResultWarning
-from .likelihood import EXACT_UP_TO, log_likelihood
+from .likelihood import log_likelihood
 from .model.score_model import ScoreModel
 from .solution import LogLikelihood, Status
 from .targets import Gaussian

@@ -35,6 +35,7 @@ Field = Callable[[Tensor], Tensor]
 Law = Literal["rademacher", "gaussian", "sphere"]
 
 _DRAWS = {"rademacher": _random.rademacher, "gaussian": _random.normal, "sphere": _random.sphere}
+EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _EXACT_CONTROL = 4  # dimensions in which a control probe is replaced by the exact trace
 _CHUNK_NUMBERS = 1 << 22  # of the D x B x D numbers of an exact trace, how many basis vectors are held at once
 _DETACHED = (
@@ -190,6 +191,16 @@ class Hutchinson(Divergence):
             return torch.cat((drawn, axes[:, None, :].expand(-1, drawn.shape[1], -1)))
         control = law(keys[:, 1], still, size, dtype)
         return torch.cat((drawn, control[None]))
+
+
+def default_divergence(size: int, fresh: bool = True) -> Divergence:
+    """The divergence where none is asked for: exact up to 128 dimensions, one probe beyond.
+
+    Args:
+        size: Dimensions of a sample.
+        fresh: Whether the probes may be new at every node.
+    """
+    return Exact() if size <= EXACT_UP_TO else Hutchinson(fresh=fresh)
 
 
 def require_traceable(field: Field, x: Tensor) -> None:

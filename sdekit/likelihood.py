@@ -31,10 +31,10 @@ from ._checks import (
     require_same_device,
     require_seed,
 )
-from ._fit import check_grid_ends, check_method, times_of
+from ._fit import check_grid_ends, check_method, check_moments, times_of
 from ._tensor import working
 from .controller import Controller, FixedGrid, Nats
-from .divergence import Divergence, Exact, Hutchinson, require_traceable
+from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
 from .ends import End, Entry, enter_data
 from .errors import SmoothnessWarning, ToleranceWarning
 from .grid import MixedTime
@@ -48,7 +48,6 @@ from .solver.base import Solver
 from .targets import Gaussian
 from .units import Affine
 
-EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
 
 
@@ -173,8 +172,7 @@ def choose_method(
         judge = Nats(tolerance)
     check_method(chosen_solver, judge, None)
     if divergence is None:
-        size = x.shape[1:].numel()
-        divergence = Exact() if size <= EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
+        divergence = default_divergence(x.shape[1:].numel(), chosen_solver.weighs_nodes)
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
     if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
@@ -187,13 +185,7 @@ def choose_method(
 
 def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
     """Raises where the moments or the units do not fit the data: before the solve, not after it."""
-    size = x.shape[1:].numel()
-    given: object = data_moments
-    if given is not None and not isinstance(given, Gaussian):
-        kind = type(given).__name__
-        raise TypeError(f"data_moments is a {kind}; an sdekit.targets.Gaussian is needed, e.g. Gaussian.fit(data).")
-    if data_moments is not None and data_moments.dim != size:
-        raise ValueError(f"data_moments has {data_moments.dim} dimensions, a sample has {size}; they must agree.")
+    check_moments(data_moments, x)
     if transform is not None:
         transform.check(x.shape[1:])
 

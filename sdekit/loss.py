@@ -196,6 +196,31 @@ class LogNormalSigma(Times):
         return Draw(t, in_log_sigma * -sde.dhalf_log_snr(t))
 
 
+@dataclass(frozen=True)
+class CauchyLogSigma(Times):
+    """Times at which log(sigma/alpha) is Cauchy distributed, cut off at t_min and t_max.
+
+    Its tails are heavy: with `importance=True` no level has a weight much larger than uniform levels give it.
+
+    Attributes:
+        center: Where log(sigma/alpha) is likeliest.
+        scale: Half of its width at half the height, > 0.
+    """
+
+    center: float = -2.0
+    scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        require_positive("scale", self.scale)
+
+    def at(self, sde: SDE, u: Tensor) -> Draw:
+        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=u.device)
+        low, high = torch.atan((-sde.half_log_snr(ends) - self.center) / self.scale).unbind()
+        z = torch.tan(low + (high - low) * u)
+        t = sde.clamp(sde.time_at(-(self.center + self.scale * z)))
+        return Draw(t, -sde.dhalf_log_snr(t) / ((high - low) * self.scale * (1.0 + z.square())))
+
+
 def noise_error_factor(sde: SDE, parameterization: Parameterization, t: Tensor) -> Tensor:
     """alpha/det, (B,) float64: the error of the noise per unit of error of the network's output."""
     weights = parameterization.mix(sde, t)

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._checks import require_count, require_deterministic, require_seed
+from ._checks import choose_device, require_count, require_deterministic, require_seed
 from .controller import FixedGrid
 from .grid import likelihood, mixed_time
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
-from .sampling import default_solver, device_of, draw_prior
+from .sampling import default_solver, draw_prior
 from .solver.adams import Adams
 from .solver.base import Solver
 
@@ -112,7 +112,7 @@ def plan_sampling(
     require_count("samples", samples)
     require_seed(seed)
     require_deterministic(model)
-    numbers = torch.arange(samples, device=device_of(model, device)) + _APART
+    numbers = torch.arange(samples, device=choose_device(model, device)) + _APART
     start = draw_prior(model, (samples, *event), seed, numbers, dtype or torch.get_default_dtype())
     sde, spent = model.sde, 0
     bar = tqdm(disable=not progress, unit="evaluations")

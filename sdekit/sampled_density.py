@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import require_deterministic, require_indices, require_seed, require_shape
+from ._checks import choose_device, require_deterministic, require_indices, require_seed, require_shape
 from ._fit import check_grid_ends
 from ._tensor import working
 from .controller import Controller, FixedGrid
@@ -32,7 +32,7 @@ from .integrate import Outcome, Problem, begin, check_limits, drive, finish
 from .likelihood import Method, choose_method, judged, probe_variance, warn_loose
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
-from .sampling import device_of, draw_prior
+from .sampling import draw_prior
 from .solution import Stats
 from .solver.base import Solver
 from .units import Affine, bits_per_dim
@@ -122,7 +122,7 @@ def sample_log_prob(
     require_seed(seed)
     require_deterministic(model)
     model.check_batch(sizes[0])
-    where, sde = device_of(model, device), model.sde
+    where, sde = choose_device(model, device), model.sde
     numbers = require_indices(indices, sizes[0], where)
     latent = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     method = choose_method(model, latent, divergence, tolerance, nodes, solver, controller)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import _random
 from ._checks import (
+    choose_device,
     require_batch,
     require_count,
     require_deterministic,
-    require_float64,
     require_indices,
     require_same_device,
     require_seed,
@@ -103,7 +103,7 @@ def sample(
     require_seed(seed)
     require_count("max_evaluations", max_evaluations, 1 + int(denoise))
     require_deterministic(model)
-    where = device_of(model, device)
+    where = choose_device(model, device)
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
@@ -216,14 +216,6 @@ def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Te
     keys = _random.sample_keys(seed, Stream.PRIOR, indices)
     drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64)
     return (drawn * model.sde.prior_std).reshape(shape).to(dtype)
-
-
-def device_of(model: ScoreModel, device: torch.device | str | None) -> torch.device:
-    """`device`, or that of the model's parameters; it must have float64."""
-    own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    chosen = own if device is None else torch.device(device)
-    require_float64(chosen)
-    return chosen
 
 
 def _controller(model: ScoreModel, controller: Controller | None, steps: int | None, forward: bool) -> Controller:

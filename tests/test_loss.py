@@ -17,7 +17,7 @@ from sdekit.sde.vp import VPSDE, CosineVPSDE, SubVPSDE
 
 SDES = [VPSDE(t_min=1e-3), SubVPSDE(t_min=1e-2), CosineVPSDE(t_min=1e-3), VESDE(), RectifiedFlow(t_min=1e-3)]
 FORMS = [forms.noise(), forms.score(), forms.data(), forms.velocity(), forms.v(), forms.edm(0.5)]
-TIMES = [losses.UniformTime, losses.UniformHalfLogSNR, losses.LogNormalSigma]
+TIMES = [losses.UniformTime, losses.UniformHalfLogSNR, losses.LogNormalSigma, losses.CauchyLogSigma]
 
 
 def generator(seed: int = 0) -> torch.Generator:
