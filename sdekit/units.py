@@ -58,6 +58,47 @@ class Affine:
         return float(scale.expand(event).sum())
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Data that are integers 0..count-1, each standing for a bin of [low, high], all bins equally wide.
+
+    Level k stands for the bin from low + k width to low + (k + 1) width, width = (high - low)/count.
+
+    Args:
+        count: Number of levels, >= 2.
+        low: Lower edge of the first bin.
+        high: Upper edge of the last bin.
+    """
+
+    count: int
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_count("levels", self.count, 2)
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"low={self.low!r}, high={self.high!r}; finite numbers with low < high are needed.")
+
+    @property
+    def width(self) -> float:
+        """The width of a bin."""
+        return (self.high - self.low) / self.count
+
+    def check(self, x: Tensor, name: str = "the array") -> None:
+        """Raises ValueError unless `x`, called `name` in the message, holds integers of these levels only."""
+        if x.is_floating_point() or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.count):
+            found = f"{float(x.min()):g} to {float(x.max()):g}" if x.numel() else "nothing"
+            raise ValueError(f"{name} holds {x.dtype} from {found}; integers 0..{self.count - 1} are needed.")
+
+    def place(self, x: Tensor, within: Tensor | float = 0.5) -> Tensor:
+        """The point at the share `within` (0 the lower edge, 0.5 the centre) of each level's bin, the shape of `x`."""
+        return self.low + self.width * (x + within)
+
+    def dequantise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A uniform point of each level's bin, float32, the shape of `x`."""
+        return self.place(x, torch.rand(x.shape, generator=generator, device=x.device))
+
+
 def bits_per_dim(log_prob: Tensor, dims: int, levels: int, low: float, high: float) -> Tensor:
     """Bits per dimension, -log2 p / D - log2((high - low)/levels), the shape of `log_prob`.
 
@@ -71,7 +112,4 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int, low: float, high: flo
     Raises:
         ValueError: Fewer than 2 levels, or low >= high.
     """
-    require_count("levels", levels, 2)
-    if not low < high:
-        raise ValueError(f"low={low!r}, high={high!r}; low < high is needed.")
-    return -log_prob / (dims * math.log(2.0)) - math.log2((high - low) / levels)
+    return -log_prob / (dims * math.log(2.0)) - math.log2(Levels(levels, low, high).width)
