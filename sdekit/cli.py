@@ -29,7 +29,7 @@ from .solver.exponential import DPMSolverPP
 from .solver.runge_kutta import RK4, Euler, Heun
 from .solver.stochastic import EulerMaruyama
 from .training import Recipe
-from .units import Levels
+from .units import Levels, require_dequantized
 
 _SOLVERS: dict[str, Callable[[], Solver | None]] = {
     "adams": lambda: None,  # the default of sdekit.sample
@@ -122,6 +122,8 @@ def _floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:
         raise click.ClickException("the array holds no samples.")
     x = x[:, None] if x.dim() == 1 else x
     if x.is_floating_point():
+        if levels is not None:
+            require_dequantized(x, levels, "the array")
         return x if x.dtype == torch.float64 else x.float()
     if levels is None:
         raise click.ClickException(f"the array holds integers ({x.dtype}), which have no density: pass --levels.")

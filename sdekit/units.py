@@ -99,6 +99,45 @@ class Levels:
         return self.place(x, torch.rand(x.shape, generator=generator, device=x.device))
 
 
+def require_dequantized(x: Tensor, levels: Levels | None = None, name: str = "x") -> None:
+    """Raises ValueError where floating `x` still holds quantised values: their bits/dim would mean nothing.
+
+    Dequantised values come from a continuous law: that all of them are integers, or all lie on a lattice, is then no
+    chance. At least four values are needed to say so of a lattice, one of integers.
+
+    Args:
+        x: (B, *event), floating.
+        levels: What the levels stand for, if it is known: then edges and centres of bins are looked for too, and
+            levels spread from end to end as in 2 k/255 - 1.
+        name: What to call `x` in the message.
+
+    Raises:
+        ValueError: Every value is an integer, or on such a lattice.
+    """
+    found = _lattice(x.detach().double(), levels, 4.0 * torch.finfo(x.dtype).eps) if x.numel() else None
+    if found is not None:
+        raise ValueError(
+            f"every value of {name} {found}: these are levels that were not dequantised. They have probabilities, "
+            "not densities, and bits/dim of their density means nothing. Add noise within each level's bin first, or "
+            "pass the integers themselves to what evaluates integers (sdekit.discrete_log_likelihood)."
+        )
+
+
+def _lattice(x: Tensor, levels: Levels | None, precision: float) -> str | None:
+    """What lattice all values of `x` are on, to a rounding of `precision`, in words; None for none."""
+    if bool((x == x.round()).all()):
+        return "is an integer"
+    if levels is None or x.numel() < 4:
+        return None
+    step = (levels.high - levels.low) / (levels.count - 1)
+    for words, spacing in (("is the edge or the centre of a bin", 0.5 * levels.width), ("is a multiple of", step)):
+        place = (x - levels.low) / spacing
+        size = max(abs(levels.low), abs(levels.high)) / spacing  # the subtraction rounds by this many steps' share
+        if bool(((place - place.round()).abs() <= precision * (size + place.abs())).all()):
+            return words if spacing != step else f"{words} {step:g} above {levels.low:g}"
+    return None
+
+
 def bits_per_dim(log_prob: Tensor, dims: int, levels: int, low: float, high: float) -> Tensor:
     """Bits per dimension, -log2 p / D - log2((high - low)/levels), the shape of `log_prob`.
 
