@@ -48,7 +48,7 @@ from .solver.base import Solver
 from .targets import Gaussian
 from .units import Affine
 
-_EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
+EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
 
 
@@ -174,7 +174,7 @@ def _method(
     check_method(chosen_solver, judge, None)
     if divergence is None:
         size = x.shape[1:].numel()
-        divergence = Exact() if size <= _EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
+        divergence = Exact() if size <= EXACT_UP_TO else Hutchinson(fresh=chosen_solver.weighs_nodes)
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
     if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
