@@ -62,6 +62,8 @@ ORDER = [
     "loss",
     "training",
     "likelihood",
+    "dequantize",
+    "discrete",
     "accuracy.order",
     "accuracy.paths",
     "accuracy.stochastic",
