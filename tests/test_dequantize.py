@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from helpers import SDES, gaussian
+from helpers import SDES, cell_log_prob, gaussian
 from scipy import integrate, stats
 
 import sdekit
@@ -146,17 +146,6 @@ class TestKeys:
             assert (different.x != whole.x).all()
 
 
-def cell_log_prob(target, k, levels, t, sde=VP):
-    """Exact log-probability of the cell of k (D,) under a Gaussian with diagonal covariance, or a mixture of such."""
-    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
-    parts = target._components
-    std = (alpha**2 * parts.values + sigma**2).sqrt()
-    lower = (alpha * (levels.low + levels.width * k.double()) - alpha * parts.means) / std
-    upper = lower + alpha * levels.width / std
-    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-    return float(torch.logsumexp(target.weights.log() + mass.log().sum(1), 0))
-
-
 def weights(law, target, k, levels, t, count, entropy=False, sde=VP):
     """(count,) log weights under the exact density."""
     out = drawn(law, k, levels, t, count, sde)
@@ -175,7 +164,7 @@ class TestBounds:
     )
     def test_weights_average_to_the_probability_of_the_cell(self, name, t):
         value = weights(LAWS[name], self.TARGET, self.K, self.CELLS, t, 40_000)
-        truth = cell_log_prob(self.TARGET, self.K, self.CELLS, t)
+        truth = cell_log_prob(self.TARGET, self.K, self.CELLS, VP, t)
         share = (value - truth).exp()
         assert abs(float(share.mean()) - 1.0) < STATED * float(share.std()) / math.sqrt(40_000)
 
@@ -198,7 +187,7 @@ class TestBounds:
     def test_bounds_hold_and_tighten_with_every_draw(self, name):
         """Each gap is positive and above the next by more than 5 standard errors; entropies agree within 5."""
         t = 0.05
-        truth = cell_log_prob(self.TARGET, self.K, self.CELLS, t)
+        truth = cell_log_prob(self.TARGET, self.K, self.CELLS, VP, t)
         value = weights(LAWS[name], self.TARGET, self.K, self.CELLS, t, 36_000)
         if name == "v":  # its own probability, by many draws
             truth = float(
@@ -285,5 +274,5 @@ def _independent(target):
 
 def test_cell_probabilities_of_a_gaussian_add_up_to_its_mass():
     target, cells = gaussian(1), Levels(40, -6.0, 6.0)
-    total = sum(math.exp(cell_log_prob(target, torch.tensor([level]), cells, 0.1)) for level in range(40))
+    total = sum(math.exp(cell_log_prob(target, torch.tensor([level]), cells, VP, 0.1)) for level in range(40))
     assert total == pytest.approx(1.0, abs=1e-9)
