@@ -34,6 +34,7 @@ class Stream(IntEnum):
     PRIOR = 4
     LEVY = 5
     CHAIN = 6
+    DEQUANTISE = 7
     LEVEL = 11
 
 
@@ -84,15 +85,20 @@ def rademacher(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> 
 def normal(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """(B, size) independent standard normals, computed in float64 by Box and Muller's transform."""
     pairs = -(-size // 2)
-    drawn = (_shift(words(keys, counter, 2 * pairs), 11).double() + 1.0) * _TWO_53  # in (0, 1]
+    drawn = uniforms(keys, counter, 2 * pairs)  # above 0: it has a logarithm
     radius = (-2.0 * drawn[:, :pairs].log()).sqrt()
     angle = 2.0 * math.pi * drawn[:, pairs:]
     return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :size].to(dtype)
 
 
+def uniforms(keys: Tensor, counter: Tensor, size: int) -> Tensor:
+    """(B, size) independent float64 uniforms on (0, 1]."""
+    return (_shift(words(keys, counter, size), 11).double() + 1.0) * _TWO_53
+
+
 def uniform(keys: Tensor, counter: Tensor) -> Tensor:
     """(B,) float64 uniform on (0, 1]."""
-    return (_shift(words(keys, counter, 1)[:, 0], 11).double() + 1.0) * _TWO_53
+    return uniforms(keys, counter, 1)[:, 0]
 
 
 def sphere(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:

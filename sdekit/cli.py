@@ -21,7 +21,7 @@ from .commands import options as opt
 from .commands.arrays import read_array, require_suffix, write_arrays
 from .commands.evaluation import Options, Summary, evaluate, only_the_summary_warns, require_finished, summarise
 from .commands.models import find_model, save_trained
-from .commands.recipes import Levels, NetworkChoice, train_array, train_digits
+from .commands.recipes import NetworkChoice, train_array, train_digits
 from .divergence import Divergence, Exact, Hutchinson
 from .sampling import sample as draw_samples
 from .solver.base import Solver
@@ -29,6 +29,7 @@ from .solver.exponential import DPMSolverPP
 from .solver.runge_kutta import RK4, Euler, Heun
 from .solver.stochastic import EulerMaruyama
 from .training import Recipe
+from .units import Levels, require_dequantized
 
 _SOLVERS: dict[str, Callable[[], Solver | None]] = {
     "adams": lambda: None,  # the default of sdekit.sample
@@ -121,6 +122,8 @@ def _floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:
         raise click.ClickException("the array holds no samples.")
     x = x[:, None] if x.dim() == 1 else x
     if x.is_floating_point():
+        if levels is not None:
+            require_dequantized(x, levels, "the array")
         return x if x.dtype == torch.float64 else x.float()
     if levels is None:
         raise click.ClickException(f"the array holds integers ({x.dtype}), which have no density: pass --levels.")
@@ -139,7 +142,7 @@ def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
     if levels is None:
         return [*lines, "bits/dim   depend on the width of a level: pass --levels, --low, --high"]
     scale = 1.0 / (size * math.log(2.0))
-    offset = -math.log2((levels.high - levels.low) / levels.count)
+    offset = -math.log2(levels.width)
     return [
         *lines,
         f"bits/dim   {offset - summary.mean * scale:.4f}   +- {summary.spread * scale:.2g} over samples   "

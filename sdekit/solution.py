@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -132,6 +133,41 @@ class LogLikelihood(NamedTuple):
             high: Upper edge of the last bin.
         """
         return bits_per_dim(self.log_prob, self.latent.shape[1:].numel(), levels, low, high)
+
+
+class DiscreteLogLikelihood(NamedTuple):
+    """Lower bounds of the log-probabilities of a batch of integers, with what is known of their errors.
+
+    Attributes:
+        log_prob: (B,) float64 nats, of a probability, not of a density; NaN where `status` did not arrive.
+        std_error: (B,) float64 nats, standard error over the draws, the probes' noise included; NaN with one draw. For
+            the importance bound of first order: too small where `effective_draws` is near 1.
+        trace_error: (B,) float64 nats, how much of it comes from the trace's probes; 0 for exact traces.
+        solver_error: (B,) float64 nats, estimate of the integrations' error.
+        draws: (B, K) float64 log weights: `log_prob` is their mean, or the logarithm of the mean of their exponentials.
+        status: (B,) int64 of `Status`; arrived where all draws did.
+        evaluations: (B,) int64 network evaluations of all draws.
+        t: (B,) float64 noise level of the states.
+        dims: Dimensions of a sample.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    trace_error: Tensor
+    solver_error: Tensor
+    draws: Tensor
+    status: Tensor
+    evaluations: Tensor
+    t: Tensor
+    dims: int
+
+    def bits_per_dim(self) -> Tensor:
+        """(B,) float64 bits per dimension, -log2 P / D: an upper bound in expectation; no width or offset enters."""
+        return -self.log_prob / (self.dims * math.log(2.0))
+
+    def effective_draws(self) -> Tensor:
+        """(B,) float64 in [1, K], how many draws the importance weights amount to: 1 / sum of squared shares."""
+        return self.draws.softmax(1).square().sum(1).reciprocal()
 
 
 def describe(status: Tensor, t: Tensor, target: str, indices: Tensor) -> str:

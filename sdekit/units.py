@@ -58,6 +58,86 @@ class Affine:
         return float(scale.expand(event).sum())
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Data that are integers 0..count-1, each standing for a bin of [low, high], all bins equally wide.
+
+    Level k stands for the bin from low + k width to low + (k + 1) width, width = (high - low)/count.
+
+    Args:
+        count: Number of levels, >= 2.
+        low: Lower edge of the first bin.
+        high: Upper edge of the last bin.
+    """
+
+    count: int
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_count("levels", self.count, 2)
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"low={self.low!r}, high={self.high!r}; finite numbers with low < high are needed.")
+
+    @property
+    def width(self) -> float:
+        """The width of a bin."""
+        return (self.high - self.low) / self.count
+
+    def check(self, x: Tensor, name: str = "the array") -> None:
+        """Raises ValueError unless `x`, called `name` in the message, holds integers of these levels only."""
+        if x.is_floating_point() or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.count):
+            found = f"{float(x.min()):g} to {float(x.max()):g}" if x.numel() else "nothing"
+            raise ValueError(f"{name} holds {x.dtype} from {found}; integers 0..{self.count - 1} are needed.")
+
+    def place(self, x: Tensor, within: Tensor | float = 0.5) -> Tensor:
+        """The point at the share `within` (0 the lower edge, 0.5 the centre) of each level's bin, the shape of `x`."""
+        return self.low + self.width * (x + within)
+
+    def dequantise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A uniform point of each level's bin, float32, the shape of `x`."""
+        return self.place(x, torch.rand(x.shape, generator=generator, device=x.device))
+
+
+def require_dequantized(x: Tensor, levels: Levels | None = None, name: str = "x") -> None:
+    """Raises ValueError where floating `x` still holds quantised values: their bits/dim would mean nothing.
+
+    Dequantised values come from a continuous law: that all of them are integers, or all lie on a lattice, is then no
+    chance. At least four values are needed to say so of a lattice, one of integers.
+
+    Args:
+        x: (B, *event), floating.
+        levels: What the levels stand for, if it is known: then edges and centres of bins are looked for too, and
+            levels spread from end to end as in 2 k/255 - 1.
+        name: What to call `x` in the message.
+
+    Raises:
+        ValueError: Every value is an integer, or on such a lattice.
+    """
+    found = _lattice(x.detach().double(), levels, 4.0 * torch.finfo(x.dtype).eps) if x.numel() else None
+    if found is not None:
+        raise ValueError(
+            f"every value of {name} {found}: these are levels that were not dequantised. They have probabilities, "
+            "not densities, and bits/dim of their density means nothing. Add noise within each level's bin first, or "
+            "pass the integers themselves to what evaluates integers (sdekit.discrete_log_likelihood)."
+        )
+
+
+def _lattice(x: Tensor, levels: Levels | None, precision: float) -> str | None:
+    """What lattice all values of `x` are on, to a rounding of `precision`, in words; None for none."""
+    if bool((x == x.round()).all()):
+        return "is an integer"
+    if levels is None or x.numel() < 4:
+        return None
+    step = (levels.high - levels.low) / (levels.count - 1)
+    for words, spacing in (("is the edge or the centre of a bin", 0.5 * levels.width), ("is a multiple of", step)):
+        place = (x - levels.low) / spacing
+        size = max(abs(levels.low), abs(levels.high)) / spacing  # the subtraction rounds by this many steps' share
+        if bool(((place - place.round()).abs() <= precision * (size + place.abs())).all()):
+            return words if spacing != step else f"{words} {step:g} above {levels.low:g}"
+    return None
+
+
 def bits_per_dim(log_prob: Tensor, dims: int, levels: int, low: float, high: float) -> Tensor:
     """Bits per dimension, -log2 p / D - log2((high - low)/levels), the shape of `log_prob`.
 
@@ -71,7 +151,4 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int, low: float, high: flo
     Raises:
         ValueError: Fewer than 2 levels, or low >= high.
     """
-    require_count("levels", levels, 2)
-    if not low < high:
-        raise ValueError(f"low={low!r}, high={high!r}; low < high is needed.")
-    return -log_prob / (dims * math.log(2.0)) - math.log2((high - low) / levels)
+    return -log_prob / (dims * math.log(2.0)) - math.log2(Levels(levels, low, high).width)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sdekit
 from sdekit import targets
 from sdekit.terms import Aux, Evaluation
+from sdekit.units import Levels
 
 SDES: dict[str, sdekit.SDE] = {
     "vp": sdekit.VPSDE(),
@@ -226,3 +227,14 @@ class Given(sdekit.Term):
 
     def take(self, rows: Tensor) -> Given:
         return self
+
+
+def cell_log_prob(target: targets._Target, k: Tensor, levels: Levels, sde: sdekit.SDE, t: float) -> float:
+    """Exact log-probability of the cell of `k` (D,) at `t`, for Gaussians of diagonal covariance and their mixtures."""
+    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+    parts = target._components
+    std = (alpha**2 * parts.values + sigma**2).sqrt()
+    lower = (alpha * (levels.low + levels.width * k.double()) - alpha * parts.means) / std
+    upper = lower + alpha * levels.width / std
+    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    return float(torch.logsumexp(target.weights.log() + mass.log().sum(1), 0))

@@ -189,6 +189,7 @@ def test_bits_per_dim_follow_from_the_levels(place):
         (["x.txt", "--model", "sdekit_cli_toy:load"], "'.txt'"),
         (["k.npy", "--model", "sdekit_cli_toy:load"], "--levels"),
         (["k.npy", "--model", "sdekit_cli_toy:load", "--levels", "3"], "integers 0..2 are needed"),
+        (["wide.npy", "--model", "sdekit_cli_toy:load", "--levels", "3"], "every value of the array is an integer"),
         (["two.npz", "--model", "sdekit_cli_toy:load"], "['a', 'b']"),
         (["two.npz", "--model", "sdekit_cli_toy:load", "--key", "c"], "['a', 'b']"),
         (["text.npy", "--model", "sdekit_cli_toy:load"], "real numbers"),

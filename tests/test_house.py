@@ -65,6 +65,8 @@ ORDER = [
     "training",
     "likelihood",
     "comparison",
+    "dequantize",
+    "discrete",
     "accuracy.order",
     "accuracy.paths",
     "accuracy.stochastic",

@@ -14,40 +14,11 @@ from ..model.parameterization import edm
 from ..model.score_model import ScoreModel
 from ..sde.vp import VPSDE
 from ..training import Batch, Batches, Recipe, train
+from ..units import Levels
 from .evaluation import Interrupted
 from .models import Architecture
 
 _PERIOD = 4.0  # of the time features: EDM's label log(sigma/alpha)/4 spans 2.8 on the linear VP process
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Data that are integers 0..count-1, each standing for a bin of [low, high].
-
-    Attributes:
-        count: Number of levels, >= 2.
-        low: Lower edge of the first bin.
-        high: Upper edge of the last bin.
-    """
-
-    count: int
-    low: float = -1.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.count < 2 or not self.low < self.high:
-            raise ValueError(f"{self}; at least 2 levels and low < high are needed.")
-
-    def check(self, x: Tensor) -> None:
-        """Raises ValueError unless `x` holds integers of these levels only."""
-        if x.is_floating_point() or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.count):
-            found = f"{float(x.min()):g} to {float(x.max()):g}" if x.numel() else "nothing"
-            raise ValueError(f"the array holds {x.dtype} from {found}; integers 0..{self.count - 1} are needed.")
-
-    def dequantise(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A uniform point of each level's bin, float32, the shape of `x`."""
-        u = torch.rand(x.shape, generator=generator, device=x.device)
-        return self.low + (self.high - self.low) / self.count * (x + u)
 
 
 @dataclass(frozen=True)
