@@ -24,12 +24,13 @@ from torch import Tensor
 
 from ._checks import choose_device, require_deterministic, require_indices, require_seed, require_shape
 from ._fit import check_grid_ends
+from ._method import Method, choose_method, judged, warn_loose
 from ._tensor import working
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson, require_traceable
 from .grid import MixedTime
 from .integrate import Outcome, Problem, begin, check_limits, drive, finish
-from .likelihood import Method, choose_method, judged, probe_variance, warn_loose
+from .likelihood import probe_variance
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
 from .sampling import draw_prior

@@ -60,6 +60,7 @@ ORDER = [
     "solution",
     "integrate",
     "ends",
+    "_method",
     "loss",
     "_levels",
     "training",

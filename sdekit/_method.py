@@ -1,0 +1,94 @@
+"""How a density is solved for: divergence, solver and controller, chosen and checked; what their estimate means."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import require_count, require_positive
+from ._fit import check_method
+from .controller import Controller, FixedGrid, Nats
+from .divergence import Divergence, Hutchinson, default_divergence
+from .errors import ToleranceWarning
+from .grid import MixedTime
+from .integrate import Carry
+from .model.score_model import ScoreModel
+from .solution import Status
+from .solver.adams import Adams
+from .solver.base import Solver
+
+_GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
+
+
+class Method(NamedTuple):
+    """The solve's parts, and the tolerance its estimate is held against (None for none)."""
+
+    divergence: Divergence
+    solver: Solver
+    controller: Controller
+    tolerance: float | None
+
+
+def choose_method(
+    model: ScoreModel,
+    x: Tensor,
+    divergence: Divergence | None,
+    tolerance: float,
+    nodes: int | None,
+    solver: Solver | None,
+    controller: Controller | None,
+) -> Method:
+    """The divergence, solver and controller asked for, checked to fit one another."""
+    require_positive("tolerance", tolerance)
+    if nodes is not None and (solver is not None or controller is not None):
+        raise ValueError("nodes= together with solver= or controller=; nodes chooses both: pass one or the other.")
+    chosen_solver: Solver = solver if solver is not None else Adams(5 if nodes is None else _GRID_ORDER)
+    if controller is not None:
+        judge = controller
+    elif nodes is not None:
+        require_count("nodes", nodes, 2)
+        mixed = MixedTime(model.sde, model.data_std)
+        judge = FixedGrid(mixed.time(torch.linspace(0.0, 1.0, nodes, dtype=torch.float64)))
+    elif chosen_solver.error_order is None:
+        raise ValueError(f"{solver} has no error estimate; pass controller=sdekit.FixedGrid(times) with it.")
+    else:
+        judge = Nats(tolerance)
+    check_method(chosen_solver, judge, None)
+    if divergence is None:
+        divergence = default_divergence(x.shape[1:].numel(), chosen_solver.weighs_nodes)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
+    if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
+        raise ValueError(
+            f"fresh probes need a solver that weighs its nodes, and {type(chosen_solver).__name__} does not: "
+            "use the default solver, or Hutchinson(..., fresh=False)."
+        )
+    return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
+
+
+def judged(method: Method, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) error estimate (NaN without one), status (LOOSE above the tolerance), and whether the sample arrived."""
+    spent = method.controller.spent(carry.control)
+    solver_error = torch.full_like(carry.s, math.nan) if spent is None else spent
+    status = carry.status
+    if method.tolerance is not None:
+        status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
+    return solver_error, status, (status == Status.DONE) | (status == Status.LOOSE)
+
+
+def warn_loose(status: Tensor, solver_error: Tensor, method: Method) -> None:
+    """Warns of samples that arrived with an estimated error above the tolerance."""
+    loose = int((status == Status.LOOSE).sum())
+    if loose:
+        worst = float(solver_error.nan_to_num(0.0).max())
+        warnings.warn(
+            f"{loose} of {status.shape[0]} samples arrived with an estimated error above tolerance="
+            f"{method.tolerance:g} (worst {worst:.3g} nats); see solver_error and status. Kinked networks (ReLU) and "
+            "low precision reach the cap: loosen the tolerance.",
+            ToleranceWarning,
+            stacklevel=3,
+        )
