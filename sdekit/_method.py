@@ -70,14 +70,23 @@ def choose_method(
     return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
 
 
-def judged(method: Method, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) error estimate (NaN without one), status (LOOSE above the tolerance), and whether the sample arrived."""
+class Judgement(NamedTuple):
+    """(B,) nats estimated of solver and rounding (NaN without), status (LOOSE above the tolerance), and arrived."""
+
+    solver_error: Tensor
+    rounding: Tensor
+    status: Tensor
+    arrived: Tensor
+
+
+def judged(method: Method, carry: Carry) -> Judgement:
+    """What the controller says of a finished solve."""
     spent = method.controller.spent(carry.control)
-    solver_error = torch.full_like(carry.s, math.nan) if spent is None else spent
+    solver_error, rounding = (torch.full_like(carry.s, math.nan),) * 2 if spent is None else spent
     status = carry.status
     if method.tolerance is not None:
         status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)
-    return solver_error, status, (status == Status.DONE) | (status == Status.LOOSE)
+    return Judgement(solver_error, rounding, status, (status == Status.DONE) | (status == Status.LOOSE))
 
 
 def warn_loose(status: Tensor, solver_error: Tensor, method: Method) -> None:

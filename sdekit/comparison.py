@@ -175,9 +175,16 @@ def _stopped(like: LogLikelihood) -> LogLikelihood:
     nothing = torch.full_like(like.log_prob, math.nan)
     none = torch.zeros_like(like.stats.evaluations)
     return like._replace(
-        **dict.fromkeys(("log_prob", "std_error", "solver_error", "log_prior", "log_det", "t"), nothing),
+        log_prob=nothing,
+        std_error=nothing,
+        solver_error=nothing,
+        log_prior=nothing,
+        log_det=nothing,
+        t=nothing,
         latent=torch.full_like(like.latent, math.nan),
         status=torch.full_like(like.status, int(Status.INTERRUPTED)),
         stats=like.stats._replace(evaluations=none, accepted=none, rejected=none, calls=0),
         by_probe=None,
+        rounding=nothing,
+        ends=None,
     )

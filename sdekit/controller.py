@@ -70,17 +70,18 @@ class Controller(ABC):
     def judge(self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: Any) -> Verdict:
         """Whether the step counts, and what follows."""
 
-    def spent(self, state: Any) -> Tensor | None:
-        """(B,) float64 accumulated error estimate in nats, or None for a controller that keeps none."""
+    def spent(self, state: Any) -> tuple[Tensor, Tensor] | None:
+        """(B,) float64 nats: accumulated error estimate, and that of rounding; None for a controller without."""
         return None
 
 
 class GridState(NamedTuple):
-    """(B, n + 1) nodes in the term's coordinate; (B,) int64 nodes reached; (B,) nats indicated so far."""
+    """(B, n + 1) nodes in the term's coordinate; (B,) int64 nodes reached; nats indicated, squared nats rounded."""
 
     nodes: Tensor
     place: Tensor
     indicated: Tensor
+    rounded: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ class FixedGrid(Controller):
         share = (grid[1:-1] - grid[0]) / (grid[-1] - grid[0])
         inner = s0[:, None] + share * (s_end - s0)[:, None]
         nodes = torch.cat((s0[:, None], inner, s_end[:, None]), 1)
-        return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0))
+        return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0), torch.zeros_like(s0))
 
     def target(self, s: Tensor, s_end: Tensor, state: GridState) -> Tensor:
         return torch.take_along_dim(state.nodes, state.place[:, None] + 1, 1).squeeze(1)
@@ -125,26 +126,28 @@ class FixedGrid(Controller):
         self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: GridState
     ) -> Verdict:
         accept = step.finite
-        indicated = state.indicated
+        indicated, rounded = state.indicated, state.rounded
         if term.has_density and proposal.error is not None:
             cost = term.nats(proposal.error, proposal.aux)
             indicated = indicated + torch.where(accept, cost * torch.where(proposal.settled, 1.0, 0.1), 0.0)
+            rounded = rounded + torch.where(accept, term.rounding(step.z, proposal.z, proposal.aux), 0.0)
         last = state.nodes.shape[1] - 2
         index = torch.where(accept, (state.place + 1).clamp(max=last), state.place)
-        return Verdict(accept, GridState(state.nodes, index, indicated), ~accept)
+        return Verdict(accept, GridState(state.nodes, index, indicated, rounded), ~accept)
 
-    def spent(self, state: GridState) -> Tensor:
-        return state.indicated
+    def spent(self, state: GridState) -> tuple[Tensor, Tensor]:
+        return state.indicated, state.rounded.sqrt()
 
 
 class NatsState(NamedTuple):
-    """(B,) next step length; (B,) nats spent; (B,) int64 evaluations, rejected steps, and evaluations over the cap."""
+    """(B,) next step length; nats spent; int64 evaluations, rejected, beyond the cap; squared nats rounded."""
 
     step: Tensor
     spent: Tensor
     calls: Tensor
     rejected: Tensor
     over: Tensor
+    rounded: Tensor
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Nats(Controller):
     def start(self, term: Term, s0: Tensor, s_end: Tensor) -> NatsState:
         first = min(1.0, (self.tolerance / 0.1) ** 0.25) / 80.0
         none = torch.zeros_like(s0, dtype=torch.int64)
-        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), none, none, none)
+        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), none, none, none, torch.zeros_like(s0))
 
     def target(self, s: Tensor, s_end: Tensor, state: NatsState) -> Tensor:
         rest = s_end - s
@@ -221,11 +224,12 @@ class Nats(Controller):
         following = on_lattice(length * factor).clamp(self._FLOOR, self.ceiling)
         booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT) * torch.where(beyond, 3.0, 1.0)
         spent = torch.where(accept, state.spent + booked, state.spent)
+        rounded = state.rounded + torch.where(accept, term.rounding(step.z, proposal.z, proposal.aux), 0.0)
         rejected = state.rejected + ~accept
-        return Verdict(accept, NatsState(following, spent, calls, rejected, over), ~finite & at_floor)
+        return Verdict(accept, NatsState(following, spent, calls, rejected, over, rounded), ~finite & at_floor)
 
-    def spent(self, state: NatsState) -> Tensor:
-        return state.spent
+    def spent(self, state: NatsState) -> tuple[Tensor, Tensor]:
+        return state.spent, state.rounded.sqrt()
 
 
 class PIDState(NamedTuple):

@@ -31,9 +31,10 @@ from ._checks import (
 from ._fit import check_grid_ends, check_moments, times_of
 from ._method import Method, choose_method, judged, warn_loose
 from ._tensor import working
+from .budget import Ends
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson, require_traceable
-from .ends import End, Entry, enter_data
+from .ends import End, Entry, enter_data, mismatch
 from .errors import SmoothnessWarning
 from .integrate import Outcome, Problem, begin, check_limits, drive, finish
 from .ledger import lone_variance, note
@@ -61,6 +62,7 @@ def log_likelihood(
     transform: Affine | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
+    budget: bool = False,
     max_evaluations: int = 10_000,
     wall_time: float | None = None,
     progress: bool = False,
@@ -84,6 +86,7 @@ def log_likelihood(
         transform: Maps x into the model's units; log_prob stays a density in the units of x.
         seed: Of the probes, 0 <= seed < 2^63.
         indices: (B,) global sample numbers that key the probes; default 0..B-1: pass them when you shuffle or split.
+        budget: Estimate what is left out at both ends too, for `out.budget()`: 4 evaluations more (5 with "heat").
         max_evaluations: Network evaluations a sample at most.
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
@@ -116,7 +119,7 @@ def log_likelihood(
         first = model.take(torch.zeros_like(numbers[:1]))
         require_traceable(lambda state: first.output(state, start[:1]), mapped[:1])
     with torch.inference_mode(False), torch.no_grad():
-        entry = enter_data(term, mapped, end)
+        entry = enter_data(term, mapped, end, budget)
         s0 = term.coordinate(start)
         problem = Problem(
             term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - entry.evaluations
@@ -127,6 +130,8 @@ def log_likelihood(
             )
         outcome = drive(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
         result = _result(term, method, outcome, entry, start, data_moments, transform)
+        if budget and outcome.error is None:
+            result = _with_ends(result, term, entry, end, data_moments)
     finish(result, outcome.carry.status, outcome.error, result.t, "the noise's end of time", numbers, throw)
     warn_loose(result.status, result.solver_error, method)
     return result._replace(latent=result.latent.to(x.dtype))
@@ -170,7 +175,7 @@ def _result(
     log_prior, log_det, latent = density(term, state, start, carry.s, data_moments, transform)
     log_det = log_det + entry.log_det
     variance = probe_variance(term, method.solver, carry.memory, state) + entry.variance
-    solver_error, status, arrived = judged(method, carry)
+    solver_error, rounding, status, arrived = judged(method, carry)
     values = state.log_det[:, : term.values]
     nothing = torch.full_like(log_prior, math.nan)
     log_prob = torch.where(arrived, log_prior + log_det, nothing)
@@ -188,7 +193,27 @@ def _result(
         stats,
         last,
         None if term.values < 2 else log_prob[:, None] + (values - values.mean(1, keepdim=True)),
+        torch.where(arrived, rounding, nothing),
     )
+
+
+def _with_ends(
+    result: LogLikelihood, term: LikelihoodFlow, entry: Entry, end: End, data_moments: Gaussian | None
+) -> LogLikelihood:
+    """The result with what was left out at the ends, and what finding that cost."""
+    sde, size = term.model.sde, term.event.numel()
+
+    def law(state: Tensor) -> tuple[Tensor, Tensor]:
+        if data_moments is not None:
+            return data_moments.score(sde, state, sde.t_max), data_moments.divergence(sde, state, sde.t_max)
+        variance = sde.prior_std**2
+        return -state / variance, torch.full_like(result.t, -size / variance)
+
+    excess, calls = mismatch(term, result.latent, law)
+    known = ~result.log_prob.isnan()
+    left_out, spread, excess = (torch.where(known, part, math.nan) for part in (entry.left_out, entry.spread, excess))
+    stats = result.stats._replace(evaluations=result.stats.evaluations + calls, calls=result.stats.calls + calls)
+    return result._replace(ends=Ends(left_out, spread, excess, end, data_moments is not None), stats=stats)
 
 
 def density(

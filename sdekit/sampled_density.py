@@ -163,7 +163,7 @@ def _result(
         x, log_det = transform.inverse(x), log_det - transform.log_det(term.event)
     log_prior = term.model.sde.prior_log_prob(latent)
     std_error = probe_variance(term, method.solver, carry.memory, state).sqrt()
-    solver_error, status, arrived = judged(method, carry)
+    solver_error, _, status, arrived = judged(method, carry)
     values = log_prior - log_det, std_error, solver_error, log_prior, log_det
     log_prob, std_error, solver_error, log_prior, log_det = (torch.where(arrived, v, torch.nan) for v in values)
     stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls)

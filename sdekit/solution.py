@@ -6,8 +6,10 @@ import math
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .budget import Budget, Ends, budget_of
 from .units import bits_per_dim
 
 
@@ -108,6 +110,8 @@ class LogLikelihood(NamedTuple):
         t: float64 time reached.
         by_probe: (B, K) float64 nats, `log_prob` as each of K >= 2 probes along the path has it, alone: their mean is
             `log_prob`; None for one probe or none. (What a correction at the data's end adds is that of all probes.)
+        rounding: float64 nats, estimate of what the precision of states and network leaves (NaN like `solver_error`).
+        ends: What was left out at the two ends, or None: asked for with `budget=True`.
     """
 
     log_prob: Tensor
@@ -120,6 +124,17 @@ class LogLikelihood(NamedTuple):
     stats: Stats
     t: Tensor
     by_probe: Tensor | None = None
+    rounding: Tensor | None = None
+    ends: Ends | None = None
+
+    def budget(self) -> Budget:
+        """The error budget: trace, solver, both ends and rounding, each with its source and its remedy.
+
+        The two ends are in it where `log_likelihood` was given `budget=True`.
+        """
+        unknown = torch.full_like(self.std_error, math.nan)
+        rounding = unknown if self.rounding is None else self.rounding
+        return budget_of(self.std_error, self.solver_error, rounding, self.ends)
 
     def bits_per_dim(self, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
         """(B,) float64 bits per dimension of data quantised to `levels` equal bins of [low, high], dequantised.

@@ -98,6 +98,14 @@ class Term(ABC):
         """
         raise TypeError(f"{type(self).__name__} carries no density; control in nats needs a LikelihoodFlow.")
 
+    def rounding(self, before: Any, after: Any, aux: Aux) -> Tensor:
+        """(B,) float64 squared nats that the rounding of a step from one state to another costs; as `nats`.
+
+        Raises:
+            TypeError: This term carries no density.
+        """
+        raise TypeError(f"{type(self).__name__} carries no density; rounding in nats needs a LikelihoodFlow.")
+
 
 class ProbabilityFlow(Term):
     """The probability-flow ODE in (t, x); callable as `flow(t, x)`, as torchdiffeq.odeint takes it.

@@ -52,7 +52,9 @@ def on_lattice_below(step, wanted):
 
 
 def state_of(step, spent=0.0, calls=0, rejected=0, over=0):
-    return NatsState(times(step), times(spent), *(torch.tensor([count]) for count in (calls, rejected, over)))
+    return NatsState(
+        times(step), times(spent), *(torch.tensor([count]) for count in (calls, rejected, over)), times(0.0)
+    )
 
 
 def nats_by_hand(controller, cost, length, rest, spent, calls, rejected, over, settled):

@@ -57,6 +57,7 @@ ORDER = [
     "solver.langevin",
     "controller",
     "_fit",
+    "budget",
     "solution",
     "integrate",
     "ends",
