@@ -79,7 +79,7 @@ def test_the_mean_log_density_along_the_forward_process_changes_as_the_path_inte
 
 @every_target
 def test_at_single_points_both_tend_to_the_log_density(target):
-    """With 2^15 draws: within 4.5 standard errors (false alarm 7e-6), which are below 0.03."""
+    """With 2^14 draws: within 4.5 standard errors (false alarm 7e-6), which are below 0.04."""
     sde = SDES["vp"]
     x = torch.tensor([[-1.2], [0.1], [0.8]], dtype=torch.float64)
     model = target.score_model(sde)
@@ -88,7 +88,7 @@ def test_at_single_points_both_tend_to_the_log_density(target):
         (i_mmse, target.log_prob(x)),
         (path_integral, target.marginal_log_prob(sde, x, sde.t_min)),
     ):
-        found = estimate(model, x, draws=2**15, data_moments=wide, batch=2**15)
-        assert found.std_error.max() < 0.03
+        found = estimate(model, x, draws=2**14, data_moments=wide, batch=2**14)
+        assert found.std_error.max() < 0.04
         # The prior stands for p_T: off by (alpha(t_max) |x|)^2 and alpha(t_max) |mean|, 0.005 at most.
         assert ((found.value - truth).abs() < 4.5 * found.std_error + 0.005).all()
