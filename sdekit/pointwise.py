@@ -51,7 +51,7 @@ def path_integral(
         model: The score model, in eval mode.
         x: States at t_min, (B, *event), floating, on the model's device.
         draws: Noise levels a sample, even, >= 2, with one network evaluation each; one more is made at x itself.
-        times: The law of the levels, divided out again; None: Cauchy in log(sigma/alpha), see `bounds`.
+        times: The law of the levels, divided out again; None: CauchyLogSigma, 1.5 below log(data_std) and 1.5 wide.
         data_moments: Gaussian of the *data*: its p_T is then the terminal law, not the SDE's prior; and it takes more
             variance away than the default N(0, data_std^2 I) does.
         seed: 0 <= seed < 2^63.
@@ -90,7 +90,7 @@ def i_mmse(
         model: The score model, in eval mode.
         x: Data, (B, *event), floating, on the model's device.
         draws: Noise levels a sample, even, >= 2, with one network evaluation each.
-        times: The law of the levels, divided out again; None: Cauchy in log(sigma/alpha), see `bounds`.
+        times: The law of the levels, divided out again; None: CauchyLogSigma, 1.5 below log(data_std) and 1.5 wide.
         data_moments: Gaussian of the *data* that the error is compared with, and its p_T the terminal law. None:
             N(0, data_std^2 I), and the SDE's prior.
         seed: 0 <= seed < 2^63.

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import SDES, Function, draw, gaussian, mixture, moments, perceptron, seeded, watched
+from helpers import PARAMETERIZATIONS, SDES, Function, draw, gaussian, mixture, moments, perceptron, seeded, watched
 from scipy.integrate import solve_ivp
 
 from sdekit import VPSDE, Exact, Hutchinson, NetworkError, ScoreModel, log_likelihood
@@ -94,7 +94,16 @@ class TestExactScores:
         assert abs(z_of(variational_bound(model, x, seed=2), at_data(target, sde, x) + from_data)) < LIMIT
         assert abs(z_of(i_mmse(model, x, seed=3), target.log_prob(x) + from_data)) < LIMIT
 
-    @pytest.mark.parametrize("sde", [SDES["vp"], SDES["ve"], SDES["flow"]], ids=["vp", "ve", "flow"])
+    @pytest.mark.parametrize("meaning", PARAMETERIZATIONS.values(), ids=PARAMETERIZATIONS.keys())
+    def test_nor_does_it_matter_what_the_network_predicts(self, meaning):
+        target = gaussian(3)
+        model, x = target.score_model(SDES["flow"], meaning), target.sample(3, generator=seeded(1))
+        truth = target.marginal_log_prob(SDES["flow"], x, SDES["flow"].t_min)
+        for estimate in (sde_bound, path_integral):
+            found = estimate(model, x, draws=8, data_moments=target)
+            torch.testing.assert_close(found.value, truth, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("sde", [SDES["ve"], SDES["flow"]], ids=["ve", "flow"])
     @pytest.mark.parametrize("matched", [True, False], ids=["moments", "prior"])
     def test_a_mixture_has_its_density_within_the_error_bars(self, sde, matched):
         """Left out: what the terminal law is off by, of third order in alpha(t_max) or, unmatched, below 0.01 here."""
@@ -106,6 +115,14 @@ class TestExactScores:
         ):
             truth = target.marginal_log_prob(sde, x, sde.t_min) if t else target.log_prob(x)
             assert abs(z_of(estimate(model, x, seed=number, **options), truth)) < LIMIT
+
+    def test_so_has_it_where_t_min_is_no_small_noise(self):
+        """Levels close to t_min count here: where the two forms have another kappa than from the data."""
+        target = mixture(4, seed=1)
+        model, x = target.score_model(COARSE), target.sample(128, generator=seeded(3))
+        truth = target.marginal_log_prob(COARSE, x, COARSE.t_min)
+        for seed, estimate in enumerate((sde_bound, path_integral)):
+            assert abs(z_of(estimate(model, x, draws=256, seed=seed), truth)) < LIMIT
 
     def test_at_one_point_the_noise_averages_out(self):
         target = mixture(1, seed=4)
@@ -154,11 +171,12 @@ class TestExactScores:
             assert abs(z_of(found, truth)) < LIMIT
 
     @every_estimate
-    def test_the_error_bar_is_that_of_the_draws(self, estimate):
+    @pytest.mark.parametrize("draws", [8, 128])
+    def test_the_error_bar_is_that_of_the_draws(self, estimate, draws):
         """Mean squared errors over the mean claimed variance, 1024 samples: 1 within 0.3, 5 times its own error."""
         target = mixture(2, seed=7)
         model, x = target.score_model(VP), target.sample(1024, generator=seeded(7))
-        found = estimate(model, x, draws=128, data_moments=moments(target))
+        found = estimate(model, x, draws=draws, data_moments=moments(target))
         t_min = estimate in (sde_bound, path_integral)
         truth = target.marginal_log_prob(VP, x, VP.t_min) if t_min else target.log_prob(x)
         ratio = float((found.value - truth).square().mean() / found.std_error.square().mean())
@@ -248,8 +266,8 @@ class TestAnyNetwork:
         x = TAUGHT.sample(256, generator=seeded(9))
         truth = TAUGHT.marginal_log_prob(VP, x, VP.t_min)
         below = []
-        for steps in (25, 400):
-            off = truth - estimate(learned(steps), x, draws=64).value
+        for steps in (25, 250):
+            off = truth - estimate(learned(steps), x, draws=32).value
             below.append(float(off.mean()))
             assert below[-1] > -LIMIT * float(off.std()) / 16
         assert below[0] > below[1] + 0.1
@@ -269,24 +287,24 @@ def learned(steps):
 
 class TestDigits:
     def test_the_default_levels_and_the_datas_moments_take_variance_away(self):
-        """Standard errors are root means over 6 images: 10% of noise each, where 0.9 and 0.8 are asked for."""
+        """Standard errors are root means over 4 images: 10% of noise each, where 0.9 and 0.8 are asked for."""
         split = digits.load_split()
-        x = digits.dequantise(split.test[:6], seeded(0))
+        x = digits.dequantise(split.test[:4], seeded(0))
         seen = digits.dequantise(split.train, seeded(1)).double()
         model, spread = digits.load(), []
         for options in ({"times": UniformHalfLogSNR()}, {}, {"data_moments": Gaussian.fit(seen)}):
-            found = variational_bound(model, x, draws=512, **options)
+            found = variational_bound(model, x, draws=256, **options)
             spread.append(float(found.std_error.square().mean().sqrt()))
         assert spread[1] < 0.95 * spread[0]
         assert spread[2] < 0.85 * spread[1]
 
     def test_all_are_near_the_flow(self):
         """This network is near a score: within 5 nats of 64 dimensions, and the errors of the draws."""
-        x = digits.dequantise(digits.load_split().test[:4], seeded(0))
-        found = sandwich(digits.load(), x, draws=64)
+        x = digits.dequantise(digits.load_split().test[:3], seeded(0))
+        found = sandwich(digits.load(), x, draws=32, tolerance=0.1)
         flow = found.flow.log_prob
         for other in (found.sde_bound, found.path_integral, found.variational_bound, found.i_mmse):
-            error = float(other.std_error.square().sum().sqrt()) / 4
+            error = float(other.std_error.square().sum().sqrt()) / 3
             assert abs(float((other.value - flow).mean())) < 5.0 + LIMIT * error
 
 

@@ -24,11 +24,10 @@ def exact(target, sde, steps, count=384, seed=0):
 
 
 class TestExactScores:
-    @pytest.mark.parametrize("sde", [VP, VESDE()], ids=["vp", "ve"])
-    @pytest.mark.parametrize("target", [gaussian(3), mixture(2, 1)], ids=["gaussian", "mixture"])
+    @pytest.mark.parametrize(("target", "sde"), [(mixture(2, 1), VP), (gaussian(3), VESDE())], ids=["vp", "ve"])
     def test_sixteen_times_the_steps_leave_a_quarter_of_the_error(self, target, sde):
         """Order 1/2: ratios of root mean squares over 384 samples, 3% each, and a bias that falls faster."""
-        error = [float(exact(target, sde, steps)[1].square().mean().sqrt()) for steps in (48, 768)]
+        error = [float(exact(target, sde, steps)[1].square().mean().sqrt()) for steps in (32, 512)]
         assert 3.2 < error[0] / error[1] < 7.0
 
     def test_the_error_bar_is_that_of_the_discretisation_and_the_bias_half_its_square(self):
