@@ -308,6 +308,21 @@ class TestWhatDoesNotArrive:
         assert out.draws[:, 4:].isnan().all()
         assert len(calls) == 61
 
+    def test_a_network_that_breaks_leaves_the_draws_before_it(self):
+        calls = []
+
+        def breaking(x, label):
+            calls.append(1)
+            return MODEL.net(x, label) if len(calls) <= 30 else None
+
+        model = sdekit.ScoreModel(Function(breaking), VP)
+        with pytest.raises(sdekit.SolveError, match="NoneType") as caught:
+            discrete_log_likelihood(model, levels(0, 3, 2), samples=4, nodes=20, **SIX)
+        kept = caught.value.solution
+        assert kept.draws[:, 0].isfinite().all()
+        assert kept.draws[:, 1:].isnan().all()
+        assert kept.log_prob.isnan().all()
+
     def test_draws_beyond_the_tolerance_are_told_once(self):
         kinked = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2)).double()
         with torch.no_grad():
