@@ -210,8 +210,9 @@ def main() -> None:
     chosen = arguments(__doc__)
     report = Report("discrete", chosen)
     count, most = (2, 5) if chosen.quick else (20, MOST)
-    held_out = zoo.load_split().test
-    k = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(chosen.seed))[:count]]
+    split = zoo.load_split()
+    k = split.test[torch.randperm(len(split.test), generator=torch.Generator().manual_seed(chosen.seed))[:count]]
+    simple = zoo.baselines(split._replace(test=k))
     subjects = [
         ("uniform points", Subject(zoo.load(), k, chosen.seed, most), ROWS),
         ("integers", Subject(of_integers(chosen.quick, chosen.seed), k, chosen.seed, 5), ROWS_OF_INTEGERS),
@@ -229,11 +230,13 @@ def main() -> None:
         cost = float(row.evaluations.double().mean())
         table.rows.append([trained, name, row.of, row.t, f"{float(row.bits.mean()):.4f}", *errors, cost])
         report.save(final=False)
+    marks = [(simple.mixture, "mixture of categoricals"), (simple.histogram, "histogram")]
+    for value, name in marks:
+        table.rows.append(["integers", name, "itself", math.nan, f"{value:.4f}", *[math.nan] * 4])
     judge(report, rows, most)
     if not chosen.quick:
-        simple = zoo.baselines()
         named = [(f"{name} ({trained})", row) for (trained, name), row in rows.items()]
-        picture(named, len(ROWS), [(simple.mixture, "mixture of categoricals"), (simple.histogram, "histogram")])
+        picture(named, len(ROWS), marks)
     report.save()
 
 
