@@ -184,11 +184,11 @@ class TestOnLearnedNetworks:
         errors and the solver's 2e-3."""
         half = 1.0 if name == "v" else 5.0
         k = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-        options = {"levels": 8, "low": -half, "high": half, "t": 0.3, "nodes": 24, "dequantizer": LAWS[name]}
-        out = discrete_log_likelihood(learned(), k, samples=128, bound="importance", draws_at_once=128, **options)
+        options = {"levels": 8, "low": -half, "high": half, "t": 0.3, "nodes": 16, "dequantizer": LAWS[name]}
+        out = discrete_log_likelihood(learned(), k, samples=96, bound="importance", draws_at_once=96, **options)
         total, error = out.log_prob.exp().sum(), (out.log_prob.exp() * out.std_error).square().sum().sqrt()
         assert abs(float(total) - 1.0) < STATED * float(error) + 2e-3
-        assert float(error) < 0.01
+        assert float(error) < 0.02
 
     def test_of_integers_a_truncated_normal_beats_the_uniform_law(self):
         """By 0.60 nats a dimension in theory: 0.3 is asked of a network that is not exact."""
