@@ -200,7 +200,9 @@ def learned(kind: str, seed: int, quick: bool, sde: sdekit.SDE | None = None) ->
 
         recipe = Recipe(steps, learning_rate=2e-3, seed=seed)
         if kind == "edm":
-            recipe = Recipe(steps, 2e-3, weight=EDMWeight(target.std), times=LogNormalSigma(-1.0, 1.6), seed=seed)
+            recipe = Recipe(
+                steps, 2e-3, weight=EDMWeight(target.std), times=LogNormalSigma(mean=1.6, std=1.2), seed=seed
+            )
         trained = train(model, batches, recipe).model
         path.parent.mkdir(parents=True, exist_ok=True)
         trained.save(path)

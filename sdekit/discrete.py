@@ -32,7 +32,7 @@ from ._random import Stream
 from ._tensor import flatten
 from .dequantize import Dequantizer, UniformDequantizer
 from .divergence import EXACT_UP_TO, Divergence, Exact
-from .errors import PartialResultWarning, ToleranceWarning
+from .errors import PartialResultWarning, SolveError, ToleranceWarning
 from .integrate import finish
 from .likelihood import log_likelihood
 from .model.score_model import ScoreModel
@@ -130,12 +130,10 @@ def discrete_log_likelihood(
     solve = partial(log_likelihood, divergence=divergence, tolerance=tolerance, nodes=nodes, data_moments=data_moments)
     solve = partial(solve, seed=seed, max_evaluations=max_evaluations, throw=False)
     draws = _no_draws(k.shape[0], samples, start)
-    for first in trange(0, samples, draws_at_once, disable=not progress, desc="draws"):
-        last = min(first + draws_at_once, samples)
-        out, weight = _solved(task, torch.arange(first, last, device=k.device), solve)
-        _put(draws, first, out, weight)
-        if bool((out.status == Status.INTERRUPTED).any()):
-            break
+    try:
+        _fill(draws, task, solve, draws_at_once, progress)
+    except SolveError as error:  # the network cannot be used: what it carries is of some rows of a draw
+        raise SolveError(str(error), _combined(draws, bound, start, size)) from error
     result = _combined(draws, bound, start, size)
     _report(result, draws, numbers, throw)
     return result
@@ -153,6 +151,17 @@ class _Task(NamedTuple):
     kind: torch.dtype
     closed: bool
     debias: bool
+
+
+def _fill(draws: _Draws, task: _Task, solve: Callable[..., LogLikelihood], at_once: int, progress: bool) -> None:
+    """Makes the draws, `at_once` of every sample together; stops at Ctrl-C."""
+    samples = draws.weight.shape[1]
+    for first in trange(0, samples, at_once, disable=not progress, desc="draws"):
+        numbers = torch.arange(first, min(first + at_once, samples), device=task.k.device)
+        out, weight = _solved(task, numbers, solve)
+        _put(draws, first, out, weight)
+        if bool((out.status == Status.INTERRUPTED).any()):
+            return
 
 
 def _solved(task: _Task, numbers: Tensor, solve: Callable[..., LogLikelihood]) -> tuple[LogLikelihood, Tensor]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -128,7 +128,7 @@ class Times(ABC):
             models). False: independent times.
     """
 
-    low_discrepancy: bool = True
+    low_discrepancy: bool = field(default=True, kw_only=True)
 
     @abstractmethod
     def at(self, sde: SDE, u: Tensor) -> Draw:

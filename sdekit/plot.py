@@ -118,6 +118,29 @@ def draw_error_bars(axes: Axes, values: Tensor, errors: Tensor, label: str) -> N
     axes.set_ylabel(label)
 
 
+def draw_intervals(
+    axes: Axes, names: Sequence[str], values: Sequence[float], bars: Sequence[tuple[str, Sequence[float]]], label: str
+) -> None:
+    """Draws one value a line, from top to bottom, with intervals of 1.96 standard errors of one or two kinds.
+
+    Args:
+        axes: Where.
+        names: Of the lines.
+        values: One a line.
+        bars: What each kind of standard error is of, and its values, in the unit of `values`; the widest first.
+        label: Of the axis, with its unit.
+    """
+    place = np.arange(len(names))
+    for (kind, errors), colour, width in zip(bars, (_SOFT, _MARK), (5.0, 2.0), strict=False):
+        half = 1.96 * np.asarray(errors)
+        axes.errorbar(values, place, xerr=half, fmt="none", ecolor=colour, elinewidth=width, label=kind)
+    axes.plot(values, place, "o", color=_INK, markersize=4)
+    axes.set_yticks(place, names)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel(label)
+
+
 def samples_figure(x: Tensor) -> Figure:
     """A picture of samples: a mosaic of images, points in the plane, or histograms of the first dimensions.
 

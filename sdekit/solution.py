@@ -181,7 +181,7 @@ class DiscreteLogLikelihood(NamedTuple):
         return -self.log_prob / (self.dims * math.log(2.0))
 
     def effective_draws(self) -> Tensor:
-        """(B,) float64 in [1, K], how many draws the importance weights amount to: 1 / sum of squared shares."""
+        """(B,) float64 in [1, K], how many draws the importance bound amounts to: 1 / sum of squared shares."""
         return self.draws.softmax(1).square().sum(1).reciprocal()
 
 

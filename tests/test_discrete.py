@@ -173,7 +173,7 @@ def learned():
         torch.manual_seed(0)
         net = MLP((2,), 64, 2, period=4.0)
     model = sdekit.ScoreModel(net, VP, sdekit.edm(0.6, sdekit.LogSigmaLabel(0.25)))
-    recipe = Recipe(1000, 3e-3, weight=EDMWeight(0.6), times=LogNormalSigma(-1.5, 1.0))
+    recipe = Recipe(1000, 3e-3, weight=EDMWeight(0.6), times=LogNormalSigma(mean=-1.5, std=1.0))
     return train(model, batches, recipe, progress=False).model.eval()
 
 
@@ -184,11 +184,11 @@ class TestOnLearnedNetworks:
         errors and the solver's 2e-3."""
         half = 1.0 if name == "v" else 5.0
         k = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-        options = {"levels": 8, "low": -half, "high": half, "t": 0.3, "nodes": 24, "dequantizer": LAWS[name]}
-        out = discrete_log_likelihood(learned(), k, samples=128, bound="importance", draws_at_once=128, **options)
+        options = {"levels": 8, "low": -half, "high": half, "t": 0.3, "nodes": 16, "dequantizer": LAWS[name]}
+        out = discrete_log_likelihood(learned(), k, samples=96, bound="importance", draws_at_once=96, **options)
         total, error = out.log_prob.exp().sum(), (out.log_prob.exp() * out.std_error).square().sum().sqrt()
         assert abs(float(total) - 1.0) < STATED * float(error) + 2e-3
-        assert float(error) < 0.01
+        assert float(error) < 0.02
 
     def test_of_integers_a_truncated_normal_beats_the_uniform_law(self):
         """By 0.60 nats a dimension in theory: 0.3 is asked of a network that is not exact."""
@@ -307,6 +307,21 @@ class TestWhatDoesNotArrive:
         assert out.draws[:, :2].isfinite().all()
         assert out.draws[:, 4:].isnan().all()
         assert len(calls) == 61
+
+    def test_a_network_that_breaks_leaves_the_draws_before_it(self):
+        calls = []
+
+        def breaking(x, label):
+            calls.append(1)
+            return MODEL.net(x, label) if len(calls) <= 30 else None
+
+        model = sdekit.ScoreModel(Function(breaking), VP)
+        with pytest.raises(sdekit.SolveError, match="NoneType") as caught:
+            discrete_log_likelihood(model, levels(0, 3, 2), samples=4, nodes=20, **SIX)
+        kept = caught.value.solution
+        assert kept.draws[:, 0].isfinite().all()
+        assert kept.draws[:, 1:].isnan().all()
+        assert kept.log_prob.isnan().all()
 
     def test_draws_beyond_the_tolerance_are_told_once(self):
         kinked = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2)).double()

@@ -38,6 +38,16 @@ def test_error_bars_are_sorted_and_leave_out_what_failed():
     )
 
 
+def test_intervals_stand_on_their_lines_from_top_to_bottom():
+    axes = plot.new_figure(2, 2).add_subplot()
+    plot.draw_intervals(axes, ["first", "second"], [1.0, 3.0], [("wide", [0.4, 0.2]), ("close", [0.1, 0.0])], "bits")
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
+    assert axes.yaxis_inverted()
+    wide, close = (part.get_segments() for part in axes.collections)
+    np.testing.assert_allclose(wide, [[[1 - 0.784, 0], [1 + 0.784, 0]], [[3 - 0.392, 1], [3 + 0.392, 1]]])
+    np.testing.assert_allclose(close[0], [[1 - 0.196, 0], [1 + 0.196, 0]])
+
+
 def test_a_histogram_counts_every_finite_value():
     axes = plot.new_figure(2, 2).add_subplot()
     values = torch.cat((torch.linspace(0, 1, 50), torch.tensor([float("nan")])))
