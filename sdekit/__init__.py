@@ -5,9 +5,14 @@ probability-flow solvers, exact targets to measure them against.
 """
 
 from . import grid, targets
+from .bounds import Estimate, VariationalBound, sde_bound, variational_bound
 from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
+from .budget import Budget
+from .comparison import LogRatio, log_ratio
 from .controller import PID, Controller, FixedGrid, Nats
+from .dequantize import Dequantizer, TruncatedNormalDequantizer, UniformDequantizer, VariationalDequantizer
+from .discrete import discrete_log_likelihood
 from .divergence import Divergence, Exact, Hutchinson
 from .errors import (
     NetworkError,
@@ -19,6 +24,7 @@ from .errors import (
     ToleranceWarning,
 )
 from .integrate import integrate
+from .ito import ItoDensity, ito_log_density
 from .likelihood import log_likelihood
 from .likelihood_flow import LikelihoodFlow
 from .model import (
@@ -35,10 +41,14 @@ from .model import (
     v,
     velocity,
 )
+from .model.guidance import GuidanceInterval, classifier_guided, guided
 from .plan import Plan, plan_sampling
+from .pointwise import i_mmse, path_integral
+from .sampled_density import SampledDensity, sample_log_prob
 from .sampling import decode, encode, sample
+from .sandwich import Sandwich, sandwich
 from .sde import SDE, VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
-from .solution import LogLikelihood, Solution, Stats, Status
+from .solution import DiscreteLogLikelihood, LogLikelihood, Solution, Stats, Status
 from .solver import (
     DDIM,
     DEIS,
@@ -79,7 +89,7 @@ from .solver import (
     UniPC,
 )
 from .terms import ProbabilityFlow, ReverseSDE, Term
-from .units import Affine
+from .units import Affine, require_dequantized
 
 __version__ = "0.1.0"
 
@@ -104,26 +114,33 @@ __all__ = [
     "BogackiShampine",
     "BrownianMotion",
     "BrownianPath",
+    "Budget",
     "Controller",
     "Corrector",
     "CosineVPSDE",
     "DPMSolver",
     "DPMSolverPP",
+    "Dequantizer",
+    "DiscreteLogLikelihood",
     "Divergence",
     "Dopri5",
     "Dopri8",
     "EDMChurn",
+    "Estimate",
     "Euler",
     "EulerMaruyama",
     "Exact",
     "FixedGrid",
+    "GuidanceInterval",
     "Heun",
     "Hutchinson",
     "IndependentIncrements",
+    "ItoDensity",
     "KarrasSDE",
     "Langevin",
     "LikelihoodFlow",
     "LogLikelihood",
+    "LogRatio",
     "LogSigmaLabel",
     "Midpoint",
     "Nats",
@@ -141,6 +158,8 @@ __all__ = [
     "SDEDPMSolver",
     "SDEDPMSolverPP",
     "SNRLangevin",
+    "SampledDensity",
+    "Sandwich",
     "ScoreModel",
     "SdekitError",
     "SdekitWarning",
@@ -158,23 +177,39 @@ __all__ = [
     "Term",
     "TimeLabel",
     "ToleranceWarning",
+    "TruncatedNormalDequantizer",
     "Tsit5",
     "Underdamped",
     "UniPC",
+    "UniformDequantizer",
+    "VariationalBound",
+    "VariationalDequantizer",
     "__version__",
+    "classifier_guided",
     "data",
     "decode",
+    "discrete_log_likelihood",
     "edm",
     "encode",
     "grid",
+    "guided",
+    "i_mmse",
     "integrate",
+    "ito_log_density",
     "log_likelihood",
+    "log_ratio",
     "noise",
+    "path_integral",
     "plan_sampling",
+    "require_dequantized",
     "sample",
+    "sample_log_prob",
+    "sandwich",
     "score",
+    "sde_bound",
     "table_label",
     "targets",
     "v",
+    "variational_bound",
     "velocity",
 ]

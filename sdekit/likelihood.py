@@ -134,7 +134,8 @@ def log_likelihood(
             result = _with_ends(result, term, entry, end, data_moments)
     finish(result, outcome.carry.status, outcome.error, result.t, "the noise's end of time", numbers, throw)
     warn_loose(result.status, result.solver_error, method)
-    return result._replace(latent=result.latent.to(x.dtype))
+    whole = (x == x.round()).flatten(1).all(1)
+    return result._replace(latent=result.latent.to(x.dtype), whole=whole)
 
 
 def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:

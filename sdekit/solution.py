@@ -112,6 +112,7 @@ class LogLikelihood(NamedTuple):
             `log_prob`; None for one probe or none. (What a correction at the data's end adds is that of all probes.)
         rounding: float64 nats, estimate of what the precision of states and network leaves (NaN like `solver_error`).
         ends: What was left out at the two ends, or None: asked for with `budget=True`.
+        whole: bool, whether every value of a sample was an integer: then it has a probability, not a density.
     """
 
     log_prob: Tensor
@@ -126,6 +127,7 @@ class LogLikelihood(NamedTuple):
     by_probe: Tensor | None = None
     rounding: Tensor | None = None
     ends: Ends | None = None
+    whole: Tensor | None = None
 
     def budget(self) -> Budget:
         """The error budget: trace, solver, both ends and rounding, each with its source and its remedy.
@@ -146,7 +148,17 @@ class LogLikelihood(NamedTuple):
             levels: Number of bins, >= 2.
             low: Lower edge of the first bin.
             high: Upper edge of the last bin.
+
+        Raises:
+            ValueError: Samples were integers; or levels and edges that make no bins.
         """
+        integers = 0 if self.whole is None else int(self.whole.sum())
+        if integers:
+            raise ValueError(
+                f"{integers} of {len(self.log_prob)} samples are integers only: levels that were not dequantised "
+                "have probabilities, not densities, and bits/dim of a density there mean nothing. Use "
+                "sdekit.discrete_log_likelihood, or add noise within each level's bin first."
+            )
         return bits_per_dim(self.log_prob, self.latent.shape[1:].numel(), levels, low, high)
 
 
