@@ -62,6 +62,8 @@ ORDER = [
     "loss",
     "training",
     "likelihood",
+    "adjoint",
+    "gradient",
     "accuracy.order",
     "accuracy.paths",
     "accuracy.stochastic",
