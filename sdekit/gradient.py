@@ -65,9 +65,9 @@ def log_prob(
         solver: None: Adams. Any solver of the probability flow that needs no noise and works in every coordinate,
             RK4() for example.
         divergence: How the trace is had. None: Exact() up to 128 dimensions, else Hutchinson(probes=1).
-        t: Noise level whose density is asked, a number or (B,); default t_min.
+        t: Noise level whose density is asked, a number or (B,); default t_min. Not differentiated by.
         data_moments: Gaussian of the *data* (in the model's units): the terminal law is then its p_T, not the prior.
-        transform: Maps x into the model's units; log_prob stays a density in the units of x.
+        transform: Maps x into the model's units; log_prob stays a density in the units of x. Not differentiated by.
         seed: Of the probes, 0 <= seed < 2^63. A new one each step of an optimisation makes their noise average out.
         indices: (B,) global sample numbers that key the probes; default 0..B-1.
 
@@ -89,12 +89,14 @@ def log_prob(
         times = grid.likelihood(model.sde, nodes - 1, model.data_std).flip(0)
         method = method_of(model, x, divergence, 1.0, None, solver, FixedGrid(times))
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
-    start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
+    start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max).detach()
     check_laws(data_moments, transform, x)
     keeps = torch.is_grad_enabled()  # asked here: leaving inference mode turns gradients on
     with torch.inference_mode(False), torch.set_grad_enabled(keeps):
         state = widened(x)
-        state = state if transform is None else transform.forward(state)
+        if transform is not None:
+            _refuse_gradients(transform)
+            state = transform.forward(state)
         term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
         if isinstance(method.divergence, Hutchinson) and method.divergence.mode == "jvp" and x.shape[0]:
             first = model.take(torch.zeros_like(numbers[:1]))
@@ -113,6 +115,13 @@ def log_prob(
             f"log_likelihood(model, x, nodes={nodes}, throw=False) returns the others, and where these stopped."
         )
     return value
+
+
+def _refuse_gradients(transform: Affine) -> None:
+    """Raises ValueError if the map is to be learned: its log determinant is a plain number here."""
+    for name, value in (("scale", transform.scale), ("shift", transform.shift)):
+        if torch.as_tensor(value).requires_grad:
+            raise ValueError(f"the transform's {name} requires a gradient, which log_prob does not give: detach it.")
 
 
 def _solved(term: LikelihoodFlow, solver: Solver, nodes: Tensor, z: FlowState) -> FlowState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 
@@ -275,6 +276,16 @@ class TestWhatGradientsReach:
         assert leaf.grad.dtype == torch.bfloat16
         torch.testing.assert_close(leaf.grad.float(), wanted.float(), rtol=1e-2, atol=1e-2)
 
+    def test_autocast_is_that_of_the_forward_pass(self, learned):
+        model, x = learned
+        model, x = copy.deepcopy(model).float(), x.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            outside = log_prob(model, x, nodes=6).sum()
+            inside = gradients(model, x, nodes=6)[2:]
+        assert_close(torch.autograd.grad(outside, list(model.parameters())), inside, rtol=0)
+        plain = gradients(model, x, nodes=6)[2:]
+        assert any(not torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
     def test_samples_are_alone_in_any_batch(self, learned):
         model, x = learned
         options = {"nodes": 8, "divergence": sdekit.Hutchinson()}
@@ -404,6 +415,7 @@ class TestWhatIsRefused:
             ({"solver": sdekit.EulerMaruyama()}, ValueError),
             ({"data_moments": gaussian(3)}, ValueError),
             ({"indices": torch.zeros(2, dtype=torch.int64)}, ValueError),
+            ({"transform": sdekit.Affine(torch.ones(2).requires_grad_())}, ValueError),
         ],
         ids=str,
     )
