@@ -153,16 +153,16 @@ class _Solve(torch.autograd.Function):
             kept[-1] = (kept[-1][0], kept[-1][1] + 1)
         ctx.course, ctx.kept = course, kept
         ctx.autocast = _Autocast.here(u.device.type)
-        # Kept for torch's own check that nothing was written into them: the backward pass calls the network again.
-        ctx.watched = len(weights)
+        ctx.weights = weights  # by themselves: what torch saves may come back as copies
         ctx.save_for_backward(*weights, *term.model.parameters(), *term.model.buffers())
         return at.z.u, at.z.log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_u: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        weights = ctx.saved_tensors[: ctx.watched]
         course: Course = ctx.course
+        weights: tuple[Tensor, ...] = ctx.weights
+        _ = ctx.saved_tensors  # raises if a parameter was written into: the network is called again
         require_deterministic(course.term.model)
         bare_term = LikelihoodFlow(course.term.model, None, course.term.event, course.term.keys, course.term.mixed)
         bare = course._replace(term=bare_term)

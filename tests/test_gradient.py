@@ -286,6 +286,12 @@ class TestWhatGradientsReach:
         plain = gradients(model, x, nodes=6)[2:]
         assert any(not torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
+    def test_what_torch_saves_may_be_moved_away(self, learned):
+        model, x = learned
+        with torch.autograd.graph.save_on_cpu():
+            found = gradients(model, x, nodes=6)
+        assert_close(found, gradients(model, x, nodes=6))
+
     def test_samples_are_alone_in_any_batch(self, learned):
         model, x = learned
         options = {"nodes": 8, "divergence": sdekit.Hutchinson()}
