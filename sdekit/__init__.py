@@ -23,6 +23,7 @@ from .errors import (
     SolveError,
     ToleranceWarning,
 )
+from .gradient import log_prob
 from .integrate import integrate
 from .ito import ItoDensity, ito_log_density
 from .likelihood import log_likelihood
@@ -197,6 +198,7 @@ __all__ = [
     "integrate",
     "ito_log_density",
     "log_likelihood",
+    "log_prob",
     "log_ratio",
     "noise",
     "path_integral",

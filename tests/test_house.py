@@ -69,6 +69,8 @@ ORDER = [
     "comparison",
     "dequantize",
     "discrete",
+    "adjoint",
+    "gradient",
     "accuracy.order",
     "accuracy.paths",
     "accuracy.stochastic",
