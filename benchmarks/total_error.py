@@ -127,7 +127,8 @@ def beside_peers(report: Report, seed: int, quick: bool) -> None:
     note = (
         f"Nats. sdekit's rows at tolerance {TOLERANCE:g}; corrected: end='extrapolate' and data_moments, exact or "
         "fitted. Every trace exact but where a probe is named. Evaluations: the mean over samples; for the others "
-        "(torchode apart) the calls. score_sde runs its network twice for each of scipy's."
+        "(torchode apart) the calls. score_sde runs its network twice for each of scipy's. The noise of a probe stands "
+        "under both errors."
     )
     columns = ["problem", "method", "solver: mean", "max", "total: mean", "max", "evaluations"]
     table = report.table("total error", columns, note)
@@ -151,21 +152,28 @@ def beside_peers(report: Report, seed: int, quick: bool) -> None:
 
 
 def end_errors(report: Report, seed: int, quick: bool) -> None:
-    """What the SDE's prior, and t_min for 0, are off by on their own: closed forms, no solve."""
-    table = report.table(
-        "the two ends on their own, closed forms",
-        ["problem", "sigma/alpha at t_min", "log p_{t_min} - log p_0: mean", "max", "prior - log p_T: mean", "max"],
+    """What t_min for 0, and each terminal law, are off by on their own: closed forms, no solve."""
+    sizes = [DRAWS, DRAWS if quick else 10 * DRAWS]
+    columns = ["problem", "sigma/alpha at t_min", "t_min: mean", "max", "prior: mean", "max"]
+    columns += ["moments: mean", *(f"of {count:,} draws: mean" for count in sizes)]
+    note = (
+        "log p_{t_min} against log p_0; then at t_max the prior, and the data's moments, exact or fitted, against p_T."
     )
+    table = report.table("the two ends on their own, closed forms", columns, note)
     for problem in problems(seed, quick):
         sde, target = problem.model.sde, problem.target
         first = (target.marginal_log_prob(sde, problem.x, sde.t_min) - target.log_prob(problem.x)).abs()
-        draws = torch.Generator().manual_seed(seed)
-        noise = torch.randn(problem.x.shape, generator=draws, dtype=torch.float64)
+        source = torch.Generator().manual_seed(seed)
+        noise = torch.randn(problem.x.shape, generator=source, dtype=torch.float64)
         late = sde.perturb(problem.x, torch.full((len(noise),), sde.t_max, dtype=torch.float64), noise)
-        last = (sde.prior_log_prob(late) - target.marginal_log_prob(sde, late, sde.t_max)).abs()
+        truth = target.marginal_log_prob(sde, late, sde.t_max)
+        last = (sde.prior_log_prob(late) - truth).abs()
+        more = Gaussian.fit(target.sample(sizes[1], generator=source))
+        laws = [problem.exact, problem.fitted, more]
+        matched = [float((law.marginal_log_prob(sde, late, sde.t_max) - truth).abs().mean()) for law in laws]
         size = math.exp(-float(sde.half_log_snr(sde.t_min)))
         facts = [float(first.mean()), float(first.max()), float(last.mean()), float(last.max())]
-        table.rows.append([problem.name, size, *facts])
+        table.rows.append([problem.name, size, *facts, *matched])
 
 
 def main() -> None:
