@@ -10,6 +10,7 @@ k-diffusion    sampling.log_likelihood: of y = x / alpha as a function of sigma 
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,15 +23,23 @@ import sdekit
 from .peers import Run
 from .samplers import Counted, k_diffusion, ratios
 
+LIMIT = 3000  # calls: one such solve was seen to go on for minutes without an end
+
+
+class GaveUp(Exception):
+    """A solve that was still going on after LIMIT calls."""
+
 
 class _Velocity:
-    """The drift of the probability flow, calls counted."""
+    """The drift of the probability flow, calls counted and limited."""
 
     def __init__(self, model: sdekit.ScoreModel) -> None:
         self.model, self.sde, self.calls = model, model.sde, 0
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         self.calls += 1
+        if self.calls > LIMIT:
+            raise GaveUp
         return self.model.velocity(x, self.sde.clamp(t.double()))
 
 
@@ -87,6 +96,11 @@ OWN: dict[str, tuple[str, Callable[[sdekit.ScoreModel, Tensor], Run]]] = {
 
 
 def own_likelihood(name: str, model: sdekit.ScoreModel, x: Tensor) -> Run | None:
-    """What the package `name` of OWN says of `x`; None where it is not installed."""
+    """What the package `name` of OWN says of `x`, NaN after LIMIT calls; None where it is not installed."""
     package, method = OWN[name]
-    return None if importlib.util.find_spec(package) is None else method(model, x)
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return method(model, x)
+    except GaveUp:
+        return Run(torch.full((x.shape[0],), math.nan, dtype=torch.float64), LIMIT, float(LIMIT), math.nan)
