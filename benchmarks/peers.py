@@ -36,12 +36,14 @@ class Run(NamedTuple):
         calls: Network calls of the batch.
         evaluations: Mean network evaluations a sample needed (the calls, for solvers that step all samples together).
         seconds: CPU time.
+        latent: (B, *event) x at t_max, where the package gives it.
     """
 
     log_prob: Tensor
     calls: int
     evaluations: float
     seconds: float
+    latent: Tensor | None = None
 
 
 class _Field:
@@ -67,8 +69,11 @@ class _Field:
     def start(self, x: Tensor) -> Tensor:
         return torch.cat((x.flatten(1), x.new_zeros(x.shape[0], 1)), 1)
 
+    def latent(self, state: Tensor) -> Tensor:
+        return state[:, :-1].reshape(-1, *self.event)
+
     def finish(self, state: Tensor) -> Tensor:
-        return self.model.sde.prior_log_prob(state[:, :-1].reshape(-1, *self.event)) + state[:, -1].double()
+        return self.model.sde.prior_log_prob(self.latent(state)) + state[:, -1].double()
 
 
 def torchdiffeq_dopri5(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tolerance: float) -> Run:
@@ -77,7 +82,7 @@ def torchdiffeq_dopri5(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact,
     times = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
     with torch.no_grad():
         last = odeint(field, field.start(x), times, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
-    return Run(field.finish(last), field.calls, float(field.calls), time.process_time() - began)
+    return Run(field.finish(last), field.calls, float(field.calls), time.process_time() - began, field.latent(last))
 
 
 def scipy_rk45(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tolerance: float) -> Run:
@@ -92,7 +97,7 @@ def scipy_rk45(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, toleran
     flat = start.double().reshape(-1).numpy()
     path = solve_ivp(rhs, (sde.t_min, sde.t_max), flat, "RK45", rtol=tolerance, atol=tolerance)
     last = torch.from_numpy(path.y[:, -1].copy()).reshape(start.shape)
-    return Run(field.finish(last), field.calls, float(field.calls), time.process_time() - began)
+    return Run(field.finish(last), field.calls, float(field.calls), time.process_time() - began, field.latent(last))
 
 
 def torchode_tsit5(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tolerance: float) -> Run:
@@ -109,7 +114,7 @@ def torchode_tsit5(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tol
     # Six new stages a step (first same as last), two evaluations to start.
     mean = float(6.0 * found.stats["n_steps"].double().mean() + 2.0)
     log_prob = torch.where(found.status == 0, field.finish(found.ys[:, -1]), torch.nan)
-    return Run(log_prob, field.calls, mean, seconds)
+    return Run(log_prob, field.calls, mean, seconds, field.latent(found.ys[:, -1]))
 
 
 PEERS: dict[str, Callable[[sdekit.ScoreModel, Tensor, ProbeOrExact, float], Run]] = {
@@ -127,7 +132,7 @@ def sdekit_default(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tol
         warnings.simplefilter("ignore")
         found = sdekit.log_likelihood(model, x, divergence=divergence, tolerance=tolerance, throw=False)
     mean = float(found.stats.evaluations.double().mean())
-    return Run(found.log_prob, found.stats.calls, mean, time.process_time() - began)
+    return Run(found.log_prob, found.stats.calls, mean, time.process_time() - began, found.latent)
 
 
 def fixed_probe(x: Tensor) -> Tensor:

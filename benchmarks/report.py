@@ -7,6 +7,7 @@ from .common import HERE, RESULTS
 ORDER = (
     "likelihood_exact",
     "likelihood_learned",
+    "total_error",
     "probes",
     "solver_error",
     "control_variants",
