@@ -108,7 +108,7 @@ class Exact(Divergence):
         for start in range(0, size, chunk):
             part = axes[start : start + chunk]
             vectors = part[:, None, :].expand(part.shape[0], batch, size).reshape(-1, *x.shape)
-            rows = _vector_jacobian(out, leaf, vectors, keep=start + chunk < size).flatten(2)
+            rows = vector_jacobian(out, leaf, vectors, keep=start + chunk < size).flatten(2)
             trace = trace + torch.einsum("pbd,pd->b", rows.double(), part.double())
         return FieldValue(out.detach(), trace[:, None], None)
 
@@ -155,7 +155,7 @@ class Hutchinson(Divergence):
         result = _forward_mode(field, x, vectors) if self.mode == "jvp" else None
         if result is None:
             out, leaf = _traced(field, x)
-            result = out.detach(), _vector_jacobian(out, leaf, vectors, keep=False)
+            result = out.detach(), vector_jacobian(out, leaf, vectors, keep=False)
         products = result[1].flatten(2)
         traces = (probes * products).sum(2, dtype=torch.float64).T
         return FieldValue(result[0], traces, products.transpose(0, 1))
@@ -194,7 +194,7 @@ def require_traceable(field: Field, x: Tensor) -> None:
     Forward mode cannot tell: there a detached output has a derivative of zero.
     """
     out, leaf = _traced(field, x)
-    _vector_jacobian(out, leaf, torch.ones_like(out)[None], keep=False)
+    vector_jacobian(out, leaf, torch.ones_like(out)[None], keep=False)
 
 
 def _traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ def _traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     return out, leaf
 
 
-def _vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool) -> Tensor:
+def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool) -> Tensor:
     """(P, B, *event) products of P vectors with the Jacobian, in one batched backward pass where kernels allow."""
     if vectors.shape[0] == 1:
         rows = torch.autograd.grad(out, leaf, vectors[0], retain_graph=keep, allow_unused=True)

@@ -107,8 +107,8 @@ def sample(
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
-    chosen = solver if solver is not None else _default(level, count if controller is None else None)
-    term = _equation(model, chosen, level, start)
+    chosen = solver if solver is not None else default_solver(level, count if controller is None else None)
+    term = equation_of(model, chosen, level, start)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
     draws = chosen.draws or isinstance(term, ReverseSDE)
     path: BrownianPath | None = None
@@ -240,7 +240,7 @@ def _controller(model: ScoreModel, controller: Controller | None, steps: int | N
     return FixedGrid(times.flip(0) if forward else times)
 
 
-def _default(level: Eta, steps: int | None) -> Solver:
+def default_solver(level: Eta, steps: int | None) -> Solver:
     """The solver that won where it was measured, for a grid of so many steps, or for a controller (None)."""
     if level != 0:
         return StochasticHeun() if steps is None else SDEDPMSolverPP(2)
@@ -257,7 +257,7 @@ def _level(solver: Solver | None, eta: Eta | None) -> Eta:
     return eta
 
 
-def _equation(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Term:
+def equation_of(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Term:
     """The equation that the solver integrates at this noise level, in the coordinates it works in."""
     if level != 0 or solver.equation == "reverse":
         return ReverseSDE(model, level)
@@ -284,11 +284,11 @@ def _transport(
     require_batch("x", x)
     require_same_device(model, x)
     require_deterministic(model)
-    chosen = solver if solver is not None else _default(0.0, steps)
+    chosen = solver if solver is not None else default_solver(0.0, steps)
     numbers = require_indices(None, x.shape[0], x.device)
     if chosen.equation == "reverse" or chosen.draws:
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
-    term = _equation(model, chosen, 0.0, x)
+    term = equation_of(model, chosen, 0.0, x)
     with torch.no_grad():
         return solve(
             *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),
