@@ -72,6 +72,7 @@ ORDER = [
     "playback",
     "sampling",
     "sampled_density",
+    "sampler_density",
     "interop.scipy",
     "zoo._baselines",
     "zoo._cells",
