@@ -50,7 +50,7 @@ class Classes(nn.Module):
 
 
 class TestTheResult:
-    @pytest.mark.parametrize("chunk", [1, 4, 7, 100, None])
+    @pytest.mark.parametrize("chunk", [4, 100, None])
     @pytest.mark.parametrize("divergence", [sdekit.Exact(), sdekit.Hutchinson(2)])
     def test_of_a_likelihood_with_conditions_is_that_of_the_whole(self, divergence, chunk):
         target = mixture(2, 3)
@@ -72,7 +72,7 @@ class TestTheResult:
                 model,
                 (len(part), 2),
                 indices=part,
-                controller=sdekit.PID(1e-3, 1e-3),
+                controller=sdekit.PID(1e-2, 1e-2),
                 return_path=True,
                 dtype=torch.float64,
             )

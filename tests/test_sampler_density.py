@@ -122,17 +122,17 @@ class TestTheLaw:
         z, errors = 20.0 * draw(3, 6, 2), []
         for steps in (16, 32):
             out = sampler_log_density(model, z, solver=solver, steps=steps)
-            flow = sdekit.log_likelihood(model, out.x, tolerance=1e-6)
+            flow = sdekit.log_likelihood(model, out.x, tolerance=1e-6 if order > 2 else 1e-4)
             errors.append(float((out.log_prob - flow.log_prob).abs().mean()))
         assert observed_order(errors)[-1] == pytest.approx(order, abs=0.2)
 
     def test_of_the_shipped_network_fewer_steps_are_farther_from_the_flow(self):
         model = digits.load()
         gaps = []
-        for steps in (8, 32):
-            out = sampler_log_density(model, (4, 1, 8, 8), solver=sdekit.DPMSolver(2), steps=steps)
-            assert out.x.shape == (4, 1, 8, 8)
-            flow = sdekit.log_likelihood(model, out.x, nodes=64)
+        for steps in (8, 24):
+            out = sampler_log_density(model, (2, 1, 8, 8), solver=sdekit.DPMSolver(2), steps=steps)
+            assert out.x.shape == (2, 1, 8, 8)
+            flow = sdekit.log_likelihood(model, out.x, nodes=48)
             gaps.append(float((out.log_prob - flow.log_prob).abs().mean()))
         assert gaps[1] < 0.5 * gaps[0]
 
@@ -171,8 +171,8 @@ class TestTheRest:
     @pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
     def test_every_process_has_it(self, sde):
         target = gaussian(2)
-        out = sampler_log_density(target.score_model(sde), (6, 2), steps=64, dtype=torch.float64)
-        flow = sdekit.log_likelihood(target.score_model(sde), out.x, tolerance=1e-4)
+        out = sampler_log_density(target.score_model(sde), (6, 2), steps=40, dtype=torch.float64)
+        flow = sdekit.log_likelihood(target.score_model(sde), out.x, nodes=64)
         torch.testing.assert_close(out.log_prob, flow.log_prob, rtol=0, atol=2e-2)
 
     def test_gradients_are_left_as_they_were(self):
