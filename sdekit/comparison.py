@@ -10,7 +10,7 @@ difference d is
     exact traces        0
     K >= 2 probes       sd over probes of (a_k - b_k) / sqrt(K), each probe one paired draw of the whole difference
     one probe           se_a + se_b, which bounds it for any dependence (se^2 added up does not: it takes them to be
-                        independent, and is too small where they are opposed). Hundreds of times too large for neighbours.
+                        independent, and is too small where they are opposed). Far too large for neighbours.
 
 From K probes it is known to K - 1 degrees of freedom: intervals are those of Student's t (K = 4: 3.18 for 95%).
 """
