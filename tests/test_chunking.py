@@ -72,7 +72,7 @@ class TestTheResult:
                 model,
                 (len(part), 2),
                 indices=part,
-                controller=sdekit.PID(1e-2, 1e-2),
+                controller=sdekit.PID(1e-3, 1e-3),
                 return_path=True,
                 dtype=torch.float64,
             )
