@@ -9,7 +9,8 @@ from .bounds import Estimate, VariationalBound, sde_bound, variational_bound
 from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
 from .budget import Budget
-from .comparison import LogRatio, log_ratio
+from .chunking import chunked
+from .comparison import LogRatio, MeanRatio, log_ratio
 from .controller import PID, Controller, FixedGrid, Nats
 from .dequantize import Dequantizer, TruncatedNormalDequantizer, UniformDequantizer, VariationalDequantizer
 from .discrete import discrete_log_likelihood
@@ -46,6 +47,7 @@ from .model.guidance import GuidanceInterval, classifier_guided, guided
 from .plan import Plan, plan_sampling
 from .pointwise import i_mmse, path_integral
 from .sampled_density import SampledDensity, sample_log_prob
+from .sampler_density import SamplerDensity, sampler_log_density
 from .sampling import decode, encode, sample
 from .sandwich import Sandwich, sandwich
 from .sde import SDE, VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
@@ -143,6 +145,7 @@ __all__ = [
     "LogLikelihood",
     "LogRatio",
     "LogSigmaLabel",
+    "MeanRatio",
     "Midpoint",
     "Nats",
     "NetworkError",
@@ -160,6 +163,7 @@ __all__ = [
     "SDEDPMSolverPP",
     "SNRLangevin",
     "SampledDensity",
+    "SamplerDensity",
     "Sandwich",
     "ScoreModel",
     "SdekitError",
@@ -186,6 +190,7 @@ __all__ = [
     "VariationalBound",
     "VariationalDequantizer",
     "__version__",
+    "chunked",
     "classifier_guided",
     "data",
     "decode",
@@ -206,6 +211,7 @@ __all__ = [
     "require_dequantized",
     "sample",
     "sample_log_prob",
+    "sampler_log_density",
     "sandwich",
     "score",
     "sde_bound",

@@ -10,7 +10,7 @@ difference d is
     exact traces        0
     K >= 2 probes       sd over probes of (a_k - b_k) / sqrt(K), each probe one paired draw of the whole difference
     one probe           se_a + se_b, which bounds it for any dependence (se^2 added up does not: it takes them to be
-                        independent, and is too small where they are opposed). Up to 100 times too large for neighbours.
+                        independent, and is too small where they are opposed). Far too large for neighbours.
 
 From K probes it is known to K - 1 degrees of freedom: intervals are those of Student's t (K = 4: 3.18 for 95%).
 """
@@ -184,7 +184,7 @@ def _stopped(like: LogLikelihood) -> LogLikelihood:
         latent=torch.full_like(like.latent, math.nan),
         status=torch.full_like(like.status, int(Status.INTERRUPTED)),
         stats=like.stats._replace(evaluations=none, accepted=none, rejected=none, calls=0),
-        by_probe=None,
+        by_probe=None if like.by_probe is None else torch.full_like(like.by_probe, math.nan),
         rounding=nothing,
         ends=None,
     )

@@ -112,7 +112,7 @@ class Exact(Divergence):
         for start in range(0, size, chunk):
             part = axes[start : start + chunk]
             vectors = part[:, None, :].expand(part.shape[0], batch, size).reshape(-1, *x.shape)
-            rows = _vector_jacobian(out, leaf, vectors, start + chunk < size, graph).flatten(2)
+            rows = vector_jacobian(out, leaf, vectors, start + chunk < size, graph).flatten(2)
             trace = trace + torch.einsum("pbd,pd->b", rows.double(), part.double())
         return FieldValue(out if graph else out.detach(), trace[:, None], None)
 
@@ -160,7 +160,7 @@ class Hutchinson(Divergence):
         result = _forward_mode(field, x, vectors) if self.mode == "jvp" and not graph else None
         if result is None:
             out, leaf = _traced(field, x)
-            result = out if graph else out.detach(), _vector_jacobian(out, leaf, vectors, False, graph)
+            result = out if graph else out.detach(), vector_jacobian(out, leaf, vectors, False, graph)
         products = result[1].flatten(2)
         traces = (probes * products).sum(2, dtype=torch.float64).T
         return FieldValue(result[0], traces, products.transpose(0, 1))
@@ -209,7 +209,7 @@ def require_traceable(field: Field, x: Tensor) -> None:
     Forward mode cannot tell: there a detached output has a derivative of zero.
     """
     out, leaf = _traced(field, x)
-    _vector_jacobian(out, leaf, torch.ones_like(out)[None], False, False)
+    vector_jacobian(out, leaf, torch.ones_like(out)[None], False, False)
 
 
 def _keeps_graph(x: Tensor) -> bool:
@@ -227,7 +227,7 @@ def _traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     return out, leaf
 
 
-def _vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool) -> Tensor:
+def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool = False) -> Tensor:
     """(P, B, *event) products of P vectors with the Jacobian, in one batched backward pass where kernels allow.
 
     Args:

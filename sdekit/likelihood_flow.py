@@ -146,8 +146,7 @@ class LikelihoodFlow(Term):
             return flatten(self.model.output(state.reshape(state.shape[0], *self.event), t))
 
         if self.divergence is None:
-            with torch.no_grad():
-                out = field(x)
+            out = field(x)
             return out, torch.zeros(x.shape[0], 0, dtype=torch.float64, device=x.device), None, None
         probes = None
         if isinstance(self.divergence, Hutchinson):

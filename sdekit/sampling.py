@@ -108,7 +108,7 @@ def sample(
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
     chosen = solver if solver is not None else default_solver(level, count if controller is None else None)
-    term = _equation(model, chosen, level, start)
+    term = equation_of(model, chosen, level, start)
     judge = _controller(model, controller, count if controller is None else steps, forward=False)
     draws = chosen.draws or isinstance(term, ReverseSDE)
     path: BrownianPath | None = None
@@ -247,7 +247,7 @@ def _level(solver: Solver | None, eta: Eta | None) -> Eta:
     return eta
 
 
-def _equation(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Term:
+def equation_of(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Term:
     """The equation that the solver integrates at this noise level, in the coordinates it works in."""
     if level != 0 or solver.equation == "reverse":
         return ReverseSDE(model, level)
@@ -278,7 +278,7 @@ def _transport(
     numbers = require_indices(None, x.shape[0], x.device)
     if chosen.equation == "reverse" or chosen.draws:
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
-    term = _equation(model, chosen, 0.0, x)
+    term = equation_of(model, chosen, 0.0, x)
     with torch.no_grad():
         return solve(
             *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),

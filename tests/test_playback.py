@@ -51,7 +51,7 @@ def drawn(model, solver, steps=9, **options):
 def test_it_gives_what_the_loop_gives(solver, sde, kind, by_the_loop):
     model = TARGET.score_model(SDES[sde], PARAMETERIZATIONS[kind])
     judge = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 9))
-    term = sdekit.sampling._equation(model, solver, float(solver.equation == "reverse"), draw(1, 4, 2))
+    term = sdekit.sampling.equation_of(model, solver, float(solver.equation == "reverse"), draw(1, 4, 2))
     if isinstance(solver, sdekit.DDIM) and solver.eta:
         term = sdekit.ReverseSDE(model, solver.eta)
     assert playback.usable(solver, judge, term)
@@ -237,7 +237,7 @@ def test_single_precision_loses_nothing_in_long_sums(by_the_loop):
     model = TARGET.score_model(SDES["vp"], sdekit.data())
     for solver in (sdekit.Adams(5, "inside"), sdekit.DEIS(4, "rho"), sdekit.DPMSolverPP(3)):
         grid = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 10))
-        found = recording.recorded(sdekit.sampling._equation(model, solver, 0.0, draw(1, 4, 2)), solver, grid)
+        found = recording.recorded(sdekit.sampling.equation_of(model, solver, 0.0, draw(1, 4, 2)), solver, grid)
         sums = [terms for step in found.steps for terms in (*(call.given for call in step.calls), step.after)]
         assert max(abs(c) for terms in sums for c, _ in (*terms.inputs, *terms.outputs)) < 100.0
 

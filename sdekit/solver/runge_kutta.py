@@ -43,6 +43,10 @@ class RungeKutta(Solver):
         return True
 
     @property
+    def remembers(self) -> bool:
+        return self.tableau.first_same_as_last
+
+    @property
     def order(self) -> int:
         return self.tableau.order
 

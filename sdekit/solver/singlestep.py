@@ -44,6 +44,10 @@ class DPMSolver(Solver):
         return True
 
     @property
+    def remembers(self) -> bool:
+        return False
+
+    @property
     def equation(self) -> Equation:
         return "flow"
 

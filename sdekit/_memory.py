@@ -1,0 +1,127 @@
+"""Memory: how much is free, how much a call takes at its peak, and whether an error says that it ran out."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_CONTROL_GROUPS = (  # limit and use of the control group a container runs in, versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+_OUT = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had on a device: of CUDA what the driver has and torch holds unused, of the CPU what
+    the system calls available, within the limit of the control group.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    rooms = [_system_bytes()]
+    for limit, used in _CONTROL_GROUPS:
+        most, now = _number(Path(limit)), _number(Path(used))
+        if most is not None and now is not None:
+            rooms.append(max(0, most - now))
+    return min(rooms)
+
+
+def _system_bytes() -> int:
+    """What the system calls available; where it says nothing, half of what there is."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    page = os.sysconf("SC_PAGE_SIZE")
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return page * os.sysconf("SC_AVPHYS_PAGES")
+    return page * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _number(path: Path) -> int | None:
+    """The number a file holds, or None ("max", or no such file)."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that operations make, for as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._enter(leaf.untyped_storage())
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+
+def peak_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """What `call` returns, and the bytes it added on the device at its peak, its result included.
+
+    On the CPU these are the bytes of tensors, storage by storage; what kernels take for themselves is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with _Live() as live:
+        result = call()
+    return result, live.peak
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that memory ran out."""
+    return any(
+        isinstance(cause, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _OUT))
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    seen: set[int] = set()
+    now: BaseException | None = error
+    while now is not None and id(now) not in seen:
+        seen.add(id(now))
+        yield now
+        now = now.__cause__ or now.__context__
+
+
+def release(device: torch.device) -> None:
+    """Gives what torch holds unused back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
