@@ -39,12 +39,12 @@ from sdekit.model.nets import MLP
 from sdekit.solver.adams import Adams
 from sdekit.zoo import digits as zoo
 
-from .common import Goal, Report, arguments, quantile
+from .common import Goal, Report, arguments, cached, digest, quantile
 from .problems import digits
 
 _SIZE = 64
 _BATCH = 128
-_STEPS = 6000
+_STEPS = 2500
 _TOLERANCE = 1e-2
 SHARES = (1.0, 0.5, 0.25)
 PROBES = (1, 8, 32)
@@ -115,6 +115,21 @@ def train(model: sdekit.ScoreModel, steps: int, seed: int) -> Trained:
             losses.append(recent / max(1, steps // 100))
             recent = 0.0
     return Trained(average.eval(), time.process_time() - began, losses)
+
+
+def trained(model: sdekit.ScoreModel, steps: int, seed: int) -> Trained:
+    """`train`, cached: no solver has a part in it."""
+
+    def make() -> dict[str, Tensor]:
+        found = train(model, steps, seed)
+        facts = torch.tensor([found.seconds, *found.losses], dtype=torch.float64)
+        return {**found.net.state_dict(), "facts": facts}
+
+    kept = cached(f"amortised-{digest(*model.state_dict().values(), repr(TraceNet()), steps, seed)}", make)
+    seconds, *losses = kept.pop("facts").tolist()
+    net = TraceNet()
+    net.load_state_dict(kept)
+    return Trained(net.eval(), seconds, losses)
 
 
 class AmortisedFlow(LikelihoodFlow):
@@ -210,11 +225,11 @@ def at_equal_cost(report: Report, runs: dict[str, Draws], errors: dict[str, floa
 def main() -> None:
     chosen = arguments(__doc__)
     report = Report("amortised", chosen)
-    count, draws, steps = (6, 2, 200) if chosen.quick else (24, 4, _STEPS)
+    count, draws, steps = (6, 2, 200) if chosen.quick else (12, 3, _STEPS)
     images = digits(count, chosen.seed)
     model, x = zoo.load().float().eval(), images.x.float()
+    net, training, losses = trained(model, steps, chosen.seed)
     truth = plain(images.model, x.double(), 1, Exact(), 1e-1 if chosen.quick else 1e-3).log_prob
-    net, training, losses = train(model, steps, chosen.seed)
     runs = {"instead": amortised(model, x, draws, net, None)}
     runs |= {f"corrected at {share:g} of nodes": amortised(model, x, draws, net, share) for share in SHARES}
     runs |= {f"{k} fresh": plain(model, x, draws, Hutchinson(k), _TOLERANCE) for k in PROBES}
