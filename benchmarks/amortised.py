@@ -17,6 +17,7 @@ The costs of K probes are interpolated between those measured, their standard de
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import time
@@ -45,7 +46,7 @@ from .problems import digits
 
 _SIZE = 64
 _BATCH = 128
-_STEPS = 1500
+_STEPS = 9000
 _TOLERANCE = 1e-2
 SHARES = (1.0, 0.5)
 PROBES = (1, 8, 32)
@@ -222,10 +223,15 @@ def at_equal_cost(report: Report, runs: dict[str, Draws], errors: dict[str, floa
         report.goals.append(Goal(f"rms error, amortised / the alternative, N = {number}", ratio, high=1.0))
 
 
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=_STEPS, help="of training, 128 images each")
+    parser.add_argument("--images", type=int, default=12, help="held out, to evaluate")
+
+
 def main() -> None:
-    chosen = arguments(__doc__)
+    chosen = arguments(__doc__, _more)
     report = Report("amortised", chosen)
-    count, draws, steps = (6, 2, 200) if chosen.quick else (12, 3, _STEPS)
+    count, draws, steps = (6, 2, 200) if chosen.quick else (chosen.images, 3, chosen.steps)
     images = digits(count, chosen.seed)
     model, x = zoo.load().float().eval(), images.x.float()
     net, training, losses = trained(model, steps, chosen.seed)
