@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sdekit
+from sdekit.bounds import Estimate, VariationalBound
 from sdekit.dequantize import Dequantizer, TruncatedNormalDequantizer, UniformDequantizer, VariationalDequantizer
 from sdekit.discrete import discrete_log_likelihood
 from sdekit.loss import LogNormalSigma
 from sdekit.plot import draw_intervals, new_figure, save
 from sdekit.solution import DiscreteLogLikelihood
 from sdekit.training import Batch, Recipe, train
-from sdekit.units import Levels
+from sdekit.units import Levels, bits_per_dim
 from sdekit.zoo import digits as zoo
 
 from .common import CACHE, HERE, Goal, Report, arguments, digest
@@ -41,6 +42,7 @@ PICTURE = HERE.parent / "docs" / "_static" / "discrete.png"
 CELLS = Levels(zoo.LEVELS)
 MOST = 20  # draws
 AT_ONCE = 64  # rows solved together
+_LEVELS = 4096  # noise levels of an estimate without a solve
 PER_NAT = 1.0 / (math.prod(zoo.SHAPE) * math.log(2.0))
 
 
@@ -123,10 +125,26 @@ def bound(law: Dequantizer, count: int = 1, t: float | None = None) -> Callable[
     return row
 
 
+def unsolved(estimate: Callable[..., Estimate | VariationalBound]) -> Callable[[Subject], Row]:
+    """A bound of the reverse SDE's density at the one uniformly dequantised point each that `plain` takes."""
+
+    def row(subject: Subject) -> Row:
+        x = zoo.dequantise(subject.k, torch.Generator().manual_seed(subject.seed))
+        out = estimate(subject.model, x, draws=_LEVELS, seed=subject.seed)
+        bits = bits_per_dim(out.value, x[0].numel(), CELLS.count, -1.0, 1.0)
+        none, t = torch.zeros_like(bits), subject.model.sde.t_min
+        cost = torch.as_tensor(out.evaluations).expand(len(x))
+        return Row(bits, out.std_error * PER_NAT, none, cost, "cells, reverse SDE", t)
+
+    return row
+
+
 UNIFORM, TRUNCATED, VARIATIONAL = UniformDequantizer(), TruncatedNormalDequantizer(), VariationalDequantizer()
 NOISY = TRUNCATED.time(zoo.build().sde, CELLS)  # where half a cell is 3 standard deviations of the noise
 ROWS: list[tuple[str, Callable[[Subject], Row]]] = [
     ("ODE, one uniform draw", plain),
+    ("VLB, one uniform draw", unsolved(sdekit.variational_bound)),
+    ("SDE bound's mean, one uniform draw", unsolved(sdekit.path_integral)),
     ("uniform", bound(UNIFORM)),
     ("uniform, K=5", bound(UNIFORM, 5)),
     ("uniform, K=20", bound(UNIFORM, 20)),

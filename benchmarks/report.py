@@ -12,6 +12,12 @@ ORDER = (
     "solver_error",
     "control_variants",
     "invariance",
+    "budget",
+    "estimators",
+    "discrete",
+    "comparisons",
+    "gradients",
+    "amortised",
     "overhead",
 )
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
