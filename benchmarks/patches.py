@@ -1,19 +1,16 @@
-"""Colour patches of photographs, 16 x 16 x 3 (D = 768), and small U-Nets trained on them.
+"""Colour patches of photographs, 16 x 16 x 3 (D = 768), and a small U-Net trained on them.
 
 The photographs are those that the wheels of scikit-image and scikit-learn carry: nothing is downloaded. Of each image
 the columns right of four fifths of its width are held out; a patch lies on one side only. Integers v are dequantised
 uniformly, x = (v + u)/128 - 1 with u in [0, 1), so a density of x exists, and is steep: a bin is 1/128 wide.
 
-    noise   predicts the noise under VP, with log(sigma/alpha)/4 as its time
-    edm     is preconditioned as in EDM and knows nothing of alpha: usable under VP, VE and EDM's own time alike
-
-Both have 547,000 parameters (group normalisation, SiLU, no dropout: smooth everywhere) and train on one core in about
-12 and 6 minutes; they are cached. Evaluated in float64, so that rounding plays no part.
+The network predicts the noise under VP, with log(sigma/alpha)/4 as its time. It has 547,000 parameters (group
+normalisation, SiLU, no dropout: smooth everywhere), trains on one core in 12 minutes, and is cached. Evaluated in
+float64, so that rounding plays no part.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import lru_cache
 
@@ -22,7 +19,6 @@ import torch
 from torch import Tensor
 
 import sdekit
-from sdekit.loss import EDMWeight, LogNormalSigma, Times, UniformHalfLogSNR, Weight, uniform
 from sdekit.model.nets import UNet
 from sdekit.training import Batch, Recipe, train
 
@@ -31,8 +27,7 @@ from .common import CACHE, arguments, digest
 SIDE = 16
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image; besides both of scikit-learn
 _HELD_OUT = 0.8  # of the width: right of it nothing is trained on
-_STEPS = {"noise": 6000, "edm": 3000}
-KINDS = tuple(_STEPS)
+_STEPS = 6000
 
 
 @lru_cache(maxsize=1)
@@ -76,26 +71,17 @@ def data_std() -> float:
     return float(values.std())
 
 
-def untrained(kind: str, width: int = 24, levels: int = 3) -> sdekit.ScoreModel:
-    """A network with its first weights, float32."""
-    label = sdekit.LogSigmaLabel(0.25)
-    torch.manual_seed(0)  # of the initial weights
-    net = UNet(3, width, levels, period=4.0)
-    meaning = sdekit.edm(data_std(), label) if kind == "edm" else sdekit.noise(label)
-    return sdekit.ScoreModel(net, sdekit.VPSDE(), meaning, data_std=data_std())
-
-
-def trained(kind: str, quick: bool, sde: sdekit.SDE | None = None) -> sdekit.ScoreModel:
-    """A network trained on the patches, float64, in eval mode.
+def trained(quick: bool) -> sdekit.ScoreModel:
+    """The network trained on the patches, float64, in eval mode.
 
     Args:
-        kind: One of `KINDS`.
         quick: Train a little only.
-        sde: What to use it with; default the VP process it is trained with. Only "edm" knows nothing of the SDE.
     """
-    steps = 60 if quick else _STEPS[kind]
-    model = untrained(kind)
-    path = CACHE / f"patches-{kind}-{digest(steps, repr(model.net), PHOTOGRAPHS)}.safetensors"
+    steps = 60 if quick else _STEPS
+    torch.manual_seed(0)  # of the initial weights
+    net = UNet(3, 24, 3, period=4.0)
+    model = sdekit.ScoreModel(net, sdekit.VPSDE(), sdekit.noise(sdekit.LogSigmaLabel(0.25)), data_std=data_std())
+    path = CACHE / f"patches-noise-{digest(steps, repr(net), PHOTOGRAPHS)}.safetensors"
     if not path.exists():
         parts = regions(False)
 
@@ -104,18 +90,13 @@ def trained(kind: str, quick: bool, sde: sdekit.SDE | None = None) -> sdekit.Sco
             flipped = torch.rand(64, 1, 1, 1, generator=generator) < 0.5
             return Batch(torch.where(flipped, x.flip(3), x), {})
 
-        times: Times = LogNormalSigma(-2.5, 2.0) if kind == "edm" else UniformHalfLogSNR()
-        weight: Weight = EDMWeight(data_std()) if kind == "edm" else uniform
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
-        done = train(model, batches, Recipe(steps, 1e-3, weight=weight, times=times), checkpoint=unfinished)
+        done = train(model, batches, Recipe(steps, 1e-3), checkpoint=unfinished)
         done.model.save(path)
         unfinished.unlink()
-        print(f"{kind}: loss per dimension, every tenth of the way:", *losses(done.losses), flush=True)
-    model = sdekit.ScoreModel.load(path, model.net)
-    if sde is not None:
-        model = sdekit.ScoreModel(model.net, sde, model.parameterization, model.data_std)
-    return model.double().eval()
+        print("loss per dimension, every tenth of the way:", *losses(done.losses), flush=True)
+    return sdekit.ScoreModel.load(path, net).double().eval()
 
 
 def losses(values: Tensor) -> list[str]:
@@ -130,14 +111,8 @@ def bits_per_dimension(log_prob: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Trains what is not trained yet."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--kind", choices=KINDS, default=None, help="only this network")
-
-    chosen = arguments(__doc__, add)
-    for kind in KINDS if chosen.kind is None else (chosen.kind,):
-        trained(kind, chosen.quick)
+    """Trains the network if it is not trained yet."""
+    trained(arguments(__doc__).quick)
 
 
 if __name__ == "__main__":
