@@ -32,7 +32,7 @@ from .reference import reference
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 SHARE = 0.95
-OWN = ["equation", "samples", "of them by the peers", "mean log p", "bits per dimension", "reference's own error"]
+OWN = ["equation", "samples", "mean log p", "bits per dimension", "reference's own error"]
 STATED = ["equation", "solver", "tolerance", "within", "worst / tol", "95% / tol", "median estimate / error"]
 STATED += ["covered", "loose", "evaluations", "calls", "CPU s"]
 LADDER = ["equation", "method", "rtol = atol", "median error", "95%", "worst", "evaluations", "calls", "CPU s"]
@@ -63,7 +63,7 @@ class Equation(NamedTuple):
     own: float
     peers: dict[str, Peer]
     ladder: Sequence[float]
-    rows: int  # the peers solve the first so many samples
+    rival_from: float  # the tightest tolerance at which Tsit5 under the same control runs too: it is dear
 
 
 def decades(first: float, last: float, a_decade: int) -> list[float]:
@@ -74,7 +74,7 @@ def decades(first: float, last: float, a_decade: int) -> list[float]:
 
 def patches(quick: bool, seed: int) -> Equation:
     """The U-Net on held-out patches under VP, with one fixed probe."""
-    model, x = trained(quick), held_out(2 if quick else 16, seed)
+    model, x = trained(quick), held_out(2 if quick else 8, seed)
     probe = fixed_probe(x)
     known = [
         reference(model, *part, tight=1e-6 if quick else _TIGHT)
@@ -86,8 +86,8 @@ def patches(quick: bool, seed: int) -> Equation:
         "torchode tsit5": lambda rows, tol: torchode_tsit5(model, rows, probe[: len(rows)], tol),
     }
     fixed = sdekit.Hutchinson(probes=1, fresh=False)
-    ladder = decades(-3, -4, 1) if quick else decades(-3, -7, 1)
-    return Equation("U-Net, VP", model, x, fixed, truth, float(own.max()), rivals, ladder, 2 if quick else 16)
+    ladder = decades(-3, -4, 1) if quick else decades(-3, -6, 1)
+    return Equation("U-Net, VP", model, x, fixed, truth, float(own.max()), rivals, ladder, 1e-2)
 
 
 def mixtures(quick: bool, seed: int) -> list[Equation]:
@@ -105,9 +105,9 @@ def mixtures(quick: bool, seed: int) -> list[Equation]:
         }
         if peers_jax.available:
             rivals["diffrax tsit5"] = lambda rows, tol, m=law: peers_jax.diffrax_tsit5(m, sdekit.VPSDE(), rows, tol)
-        ladder = decades(-3, -5, 1) if quick else decades(-2, -9, 4)
+        ladder = decades(-3, -5, 1) if quick else decades(-2, -7, 2)
         own = float(known.error.max())
-        made.append(Equation(name, model, x, sdekit.Exact(), known.log_prob, own, rivals, ladder, len(x)))
+        made.append(Equation(name, model, x, sdekit.Exact(), known.log_prob, own, rivals, ladder, 0.0))
     return made
 
 
@@ -130,7 +130,7 @@ def solve(equation: Equation, tolerance: float, solver: sdekit.Solver | None) ->
 
 def climb(equation: Equation, name: str, bar: tqdm) -> list[Run]:
     """A peer's runs down its ladder; cached, since no solver of sdekit has a part in them."""
-    x = equation.x[: equation.rows]
+    x = equation.x
     runs = []
     for tolerance in equation.ladder:
         weights = digest(equation.truth, *equation.model.state_dict().values())
@@ -150,7 +150,7 @@ def climb(equation: Equation, name: str, bar: tqdm) -> list[Run]:
 
 def needed(runs: list[Run], truth: Tensor, wanted: float) -> float:
     """Evaluations that put 95% within `wanted`, log-linear between the ladder's rungs; NaN where none is as close."""
-    points = [(run.evaluations, quantile((run.log_prob - truth[: len(run.log_prob)]).abs(), SHARE)) for run in runs]
+    points = [(run.evaluations, quantile((run.log_prob - truth).abs(), SHARE)) for run in runs]
     for number, (cost, error) in enumerate(points):
         if error > wanted:
             continue
@@ -175,17 +175,19 @@ def run(report: Report, tables: Tables, equation: Equation, bar: tqdm) -> None:
     """Everything about one equation."""
     truth, count = equation.truth, len(equation.x)
     bits = float(bits_per_dimension(truth).mean()) if equation.x.dim() == 4 else math.nan
-    tables.own.rows.append([equation.name, count, equation.rows, float(truth.mean()), bits, equation.own])
+    tables.own.rows.append([equation.name, count, float(truth.mean()), bits, equation.own])
     ladders = {}
     for name in equation.peers:
         ladders[name] = climb(equation, name, bar)
         for tolerance, there in zip(equation.ladder, ladders[name], strict=True):
-            error = (there.log_prob - truth[: equation.rows]).abs()
+            error = (there.log_prob - truth).abs()
             tables.ladder.rows.append([equation.name, name, tolerance, quantile(error, 0.5), quantile(error, SHARE)])
             tables.ladder.rows[-1] += [quantile(error, 1.0), there.evaluations, there.calls, there.seconds]
     inside, total = 0.0, 0
     for tolerance in TOLERANCES:
-        ours = {"Adams": solve(equation, tolerance, None), "Tsit5": solve(equation, tolerance, sdekit.Tsit5())}
+        ours = {"Adams": solve(equation, tolerance, None)}
+        if tolerance >= equation.rival_from:
+            ours["Tsit5"] = solve(equation, tolerance, sdekit.Tsit5())
         for name, mine in ours.items():
             error = (mine.run.log_prob - truth).abs()
             row = [equation.name, name, tolerance, share_within(error, tolerance), quantile(error, 1.0) / tolerance]
@@ -217,13 +219,19 @@ def compare(
         as_close[name] = needed(runs, equation.truth, close)
         table.rows.append([equation.name, tolerance, close, mine.evaluations, name, within, as_close[name]])
         table.rows[-1] += [mine.evaluations / within, mine.evaluations / as_close[name]]
-    rival = ours["Tsit5"].run.evaluations
-    table.rows.append([equation.name, tolerance, close, mine.evaluations, "sdekit Tsit5, same control", rival])
-    table.rows[-1] += [math.nan, mine.evaluations / rival, math.nan]
+    if "Tsit5" in ours:
+        rival = ours["Tsit5"].run.evaluations
+        table.rows.append([equation.name, tolerance, close, mine.evaluations, "sdekit Tsit5, same control", rival])
+        table.rows[-1] += [math.nan, mine.evaluations / rival, math.nan]
+    best_of(report, equation, tolerance, mine.evaluations, as_close)
+
+
+def best_of(report: Report, equation: Equation, tolerance: float, mine: float, as_close: dict[str, float]) -> None:
+    """The goal: at most half of the evaluations of the best peer that is as close."""
     best = min((cost for cost in as_close.values() if not math.isnan(cost)), default=math.nan)
     if not math.isnan(best):
         title = f"{equation.name}, {tolerance:g}: evaluations, of the best peer's that is as close"
-        report.goals.append(Goal(title, mine.evaluations / best, high=0.5))
+        report.goals.append(Goal(title, mine / best, high=0.5))
 
 
 def main() -> None:

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +40,25 @@ def diffrax_tsit5(mixture: Mixture, sde: sdekit.VPSDE, x: Tensor, tolerance: flo
         x: (B, D) float64 states at t_min.
         tolerance: Relative and absolute.
     """
+    import jax
+    import jax.numpy as jnp
+
+    compiled = _compiled(mixture, sde)
+    points, bound = jnp.asarray(x.numpy()), jnp.asarray(tolerance)
+    jax.block_until_ready(compiled(points, bound))
+    began = time.process_time()
+    last, steps, good = jax.block_until_ready(compiled(points, bound))
+    seconds = time.process_time() - began
+    end, count, arrived = (torch.from_numpy(jax.device_get(part).copy()) for part in (last, steps, good))
+    log_prob = sde.prior_log_prob(end[:, :-1]) + end[:, -1]
+    # Six new stages a step (first same as last), two evaluations to start.
+    evaluations = 6.0 * count.double() + 2.0
+    return Run(torch.where(arrived, log_prob, torch.nan), int(evaluations.max()), float(evaluations.mean()), seconds)
+
+
+@lru_cache(maxsize=4)
+def _compiled(mixture: Mixture, sde: sdekit.VPSDE) -> Callable[..., Any]:
+    """(B, D) points, a tolerance -> the states at t_max with their log determinants, steps, whether they arrived."""
     import diffrax
     import jax
     import jax.numpy as jnp
@@ -59,7 +81,7 @@ def diffrax_tsit5(mixture: Mixture, sde: sdekit.VPSDE, x: Tensor, tolerance: flo
         rate = -0.5 * (low + (high - low) * t)
         return jnp.append(rate * (point + score), rate * (point.shape[0] + divergence))
 
-    def solve(point):
+    def solve(point, tolerance):
         found = diffrax.diffeqsolve(
             *(diffrax.ODETerm(field), diffrax.Tsit5(), sde.t_min, sde.t_max, None, jnp.append(point, 0.0)),
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
@@ -68,14 +90,4 @@ def diffrax_tsit5(mixture: Mixture, sde: sdekit.VPSDE, x: Tensor, tolerance: flo
         )
         return found.ys[0], found.stats["num_steps"], found.result == diffrax.RESULTS.successful
 
-    compiled = jax.jit(jax.vmap(solve))
-    points = jnp.asarray(x.numpy())
-    jax.block_until_ready(compiled(points))
-    began = time.process_time()
-    last, steps, good = jax.block_until_ready(compiled(points))
-    seconds = time.process_time() - began
-    end, count, arrived = (torch.from_numpy(jax.device_get(part).copy()) for part in (last, steps, good))
-    log_prob = sde.prior_log_prob(end[:, :-1]) + end[:, -1]
-    # Six new stages a step (first same as last), two evaluations to start.
-    evaluations = 6.0 * count.double() + 2.0
-    return Run(torch.where(arrived, log_prob, torch.nan), int(evaluations.max()), float(evaluations.mean()), seconds)
+    return jax.jit(jax.vmap(solve, in_axes=(0, None)))
