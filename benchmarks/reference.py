@@ -27,7 +27,7 @@ from sdekit.targets import Gaussian
 
 from .common import cached, digest
 
-_TIGHT, _LOOSE = 1e-11, 1e-9
+_TIGHT, _LOOSER = 1e-11, 100.0
 _PANEL = 8  # Gauss-Legendre nodes a panel
 
 
@@ -81,7 +81,9 @@ def traced_field(
     return field
 
 
-def reference(model: sdekit.ScoreModel, x: Tensor, probe: Tensor | None = None, *, panels: int = 0) -> Reference:
+def reference(
+    model: sdekit.ScoreModel, x: Tensor, probe: Tensor | None = None, *, panels: int = 0, tight: float = _TIGHT
+) -> Reference:
     """The reference solution for `x` (B, *event), float64; cached.
 
     Args:
@@ -89,12 +91,14 @@ def reference(model: sdekit.ScoreModel, x: Tensor, probe: Tensor | None = None, 
         x: States at t_min.
         probe: (B, D) a fixed probe for the trace; None: the exact trace.
         panels: 0: the trace is integrated with the path; else on so many panels afterwards (and on half as many).
+        tight: The relative tolerance; the other solve is 100 times looser.
     """
-    key = digest(x, *(() if probe is None else (probe,)), repr(model.sde), repr(model.parameterization), panels)
+    options: tuple[float, ...] = (panels,) if tight == _TIGHT else (panels, tight)
+    key = digest(x, *(() if probe is None else (probe,)), repr(model.sde), repr(model.parameterization), *options)
     weights = digest(*model.state_dict().values()) if model.state_dict() else digest(*_law(model))
 
     def make() -> dict[str, Tensor]:
-        kept = [_solve(model, x, probe, rtol, panels) for rtol in (_TIGHT, _LOOSE)]
+        kept = [_solve(model, x, probe, rtol, panels) for rtol in (tight, _LOOSER * tight)]
         error = (kept[0][0] - kept[1][0]).abs()
         return {"log_prob": kept[0][0], "latent": kept[0][1], "error": error}
 

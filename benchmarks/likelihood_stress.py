@@ -1,0 +1,275 @@
+"""The likelihood solver where nothing is as it was measured: what holds, what warns, what fails, at what cost.
+
+    off the data    noise, constant images, data times 3 and times 10, on learned networks
+    other times     networks used under VE and in EDM's own time
+    low precision   bfloat16 and float16 inside of the network, against the float64 network's truth
+    no gradient     a learned noise plus s A x, A antisymmetric: the flow turns, and its field is no longer minus the
+                    gradient of anything, so the control's gradient is not that of the flow's own density
+    high dimension  D = 12,288: a mixture with exact scores, in float64 and float32
+    fresh probes    the control that the default has on images (norms of error and gradient), its value taken from a
+                    probe that stays the same, so that the equation and its truth are those of one fixed probe
+
+Truth is a reference solution of the same equation; for the U-Net, in float32, sdekit's own at 1e-3 nats. One fixed
+probe wherever D > 2.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sdekit
+from sdekit.targets import GaussianMixture
+
+from .common import Report, arguments, quantile, share_within
+from .patches import held_out, trained
+from .peers import fixed_probe
+from .problems import digits, learned, ring
+from .reference import reference
+
+TOLERANCES = (1e-1, 1e-2, 1e-3)
+COLUMNS = ["case", "D", "n", "tolerance", "within", "worst / tol", "median / tol", "covered", "loose", "failed"]
+COLUMNS += ["warned", "evaluations", "most", "own error"]
+_SELF = 1e-3  # nats: U-Nets are too dear for a reference, their truth is sdekit's own solve at this tolerance
+
+
+@dataclass(frozen=True)
+class StillFresh(sdekit.Hutchinson):
+    """Controlled as fresh probes are, but the probe stays: its value is that of one fixed probe."""
+
+    def draw(self, keys: Tensor, node: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        return super().draw(keys, torch.zeros_like(node), size, dtype)
+
+
+class Turned(nn.Module):
+    """A network's output plus strength times A x, with A antisymmetric in pairs of neighbouring coordinates.
+
+    Args:
+        net: Called net(x, label).
+        strength: Radians that the flow turns by per unit of log(sigma/alpha), where noise prevails.
+    """
+
+    strength: Tensor
+
+    def __init__(self, net: nn.Module, strength: float) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("strength", torch.tensor(strength, dtype=torch.float64))
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        pairs = x.flatten(1).unflatten(1, (-1, 2))
+        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), 2).reshape(x.shape)
+        out: Tensor = self.net(x, label) + self.strength.to(x.dtype) * turned
+        return out
+
+
+class Lowered(nn.Module):
+    """A network in low precision: float32 weights under autocast, its answer in the state's own type.
+
+    Args:
+        net: Called net(x, label).
+        dtype: torch.bfloat16 or torch.float16; torch.float32 for none.
+    """
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.low = net, dtype
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self.low, enabled=self.low != torch.float32):
+            out: Tensor = self.net(x.float(), label.float())
+        return out.to(x.dtype)
+
+
+class Exploding(nn.Module):
+    """A network trained under VP with log(sigma/alpha)/4 as its label, for states that alpha has not shrunk."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        alpha = torch.rsqrt(1.0 + torch.exp(8.0 * label)).reshape(-1, *[1] * (x.dim() - 1))
+        out: Tensor = self.net(alpha * x, label)
+        return out
+
+
+class Case(NamedTuple):
+    """An equation: model, samples, divergence.
+
+    Attributes:
+        of: The model whose reference is the truth, if not its own.
+        itself: Truth is sdekit's own, with one fixed probe.
+    """
+
+    name: str
+    model: sdekit.ScoreModel
+    x: Tensor
+    divergence: sdekit.Divergence
+    of: sdekit.ScoreModel | None = None
+    itself: bool = False
+
+
+FIXED = sdekit.Hutchinson(probes=1, fresh=False)
+
+
+def with_net(model: sdekit.ScoreModel, net: nn.Module, sde: sdekit.SDE | None = None) -> sdekit.ScoreModel:
+    """The model with another network, and another SDE if one is given."""
+    made = sdekit.ScoreModel(net, model.sde if sde is None else sde, model.parameterization, model.data_std)
+    return made.eval()
+
+
+def unet(quick: bool) -> sdekit.ScoreModel:
+    """The U-Net in float32."""
+    model = trained(quick)
+    return with_net(model, model.net.float())
+
+
+def strange(x: Tensor, seed: int) -> dict[str, Tensor]:
+    """What no network was trained on, from data `x`: by name, each the shape of `x`."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    return {"data x3": 3.0 * x, "data x10": 10.0 * x, "noise": x.std() * noise, "constant": torch.full_like(x, 0.5)}
+
+
+def off_data(quick: bool, seed: int) -> Iterator[Case]:
+    """Noise, constants and scaled data, on a 2-D network, the digits network and the U-Net."""
+    x = ring().target().sample(16 if quick else 32, generator=torch.Generator().manual_seed(600 + seed))
+    for kind in ("noise", "edm"):
+        for name, rows in strange(x, seed).items():
+            rows = rows[:1] if name == "constant" else rows
+            yield Case(f"2-D {kind} net, VP: {name}", learned(kind, seed, quick), rows, sdekit.Exact())
+    images = digits(2 if quick else 6, seed)
+    for name, rows in strange(images.x, seed).items():
+        yield Case(f"digits: {name}", images.model, rows, FIXED)
+    model = unet(quick)
+    for name, rows in strange(held_out(1 if quick else 2, seed).float(), seed).items():
+        if name == "data x10":
+            continue  # dear
+        yield Case(f"U-Net, VP: {name}", model, rows, FIXED, itself=True)
+
+
+def other_times(quick: bool, seed: int) -> Iterator[Case]:
+    """The 2-D EDM network under VE and in EDM's own time; the U-Net in EDM's own time."""
+    x = ring().target().sample(16 if quick else 64, generator=torch.Generator().manual_seed(601 + seed))
+    for name, sde in {"VE": sdekit.VESDE(), "Karras": sdekit.KarrasSDE()}.items():
+        yield Case(f"2-D EDM net, {name}", learned("edm", seed, quick, sde), x, sdekit.Exact())
+    model = unet(quick)
+    exploding = with_net(model, Exploding(model.net), sdekit.KarrasSDE())
+    rows = held_out(1 if quick else 4, seed).float()
+    yield Case("U-Net, Karras", exploding, rows, FIXED, itself=True)
+
+
+def low_precision(quick: bool, seed: int) -> Iterator[Case]:
+    """bfloat16 and float16 within a 2-D network and the digits network; float32 for comparison."""
+    x = ring().target().sample(8 if quick else 32, generator=torch.Generator().manual_seed(602 + seed))
+    images = digits(2 if quick else 6, seed)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        exact = learned("noise", seed, quick)
+        low = with_net(exact, Lowered(learned("noise", seed, quick).net.float(), dtype))
+        yield Case(f"2-D noise net, {name}", low, x, sdekit.Exact(), of=exact)
+        low = with_net(images.model, Lowered(digits(1, seed).model.net.float(), dtype))
+        yield Case(f"digits, {name}", low, images.x, FIXED, of=images.model)
+
+
+def no_gradient(quick: bool, seed: int) -> Iterator[Case]:
+    """Learned networks with an antisymmetric part."""
+    x = ring().target().sample(16 if quick else 64, generator=torch.Generator().manual_seed(603 + seed))
+    images = digits(2 if quick else 6, seed)
+    for strength in (0.1, 1.0, 10.0):
+        model = learned("noise", seed, quick)
+        turned = with_net(model, Turned(model.net, strength))
+        yield Case(f"2-D noise net + {strength:g} A x", turned, x, sdekit.Exact())
+        turned = with_net(images.model, Turned(images.model.net, strength))
+        yield Case(f"digits + {strength:g} A x", turned, images.x, FIXED)
+
+
+def high_dimension(quick: bool, seed: int) -> Iterator[Case]:
+    """12,288 dimensions: a mixture with exact scores in float64 and float32."""
+    generator = torch.Generator().manual_seed(604 + seed)
+    event = (3, 16, 16) if quick else (3, 64, 64)
+    parts, size = 4, math.prod(event)
+    means = 0.3 * torch.randn(parts, size, generator=generator, dtype=torch.float64)
+    stds = 0.05 + 0.95 * torch.rand(parts, size, generator=generator, dtype=torch.float64)
+    target = GaussianMixture(torch.ones(parts, dtype=torch.float64), means, stds)
+    x, near = target.sample(4, generator=generator), 0.5 * (means[:2] + means[1:3])
+    model = target.score_model(sdekit.VPSDE())
+    yield Case("mixture: samples", model, x, FIXED)
+    yield Case("mixture: midpoints of means", model, near, FIXED)
+    yield Case("mixture: samples, float32", model, x.float(), FIXED, of=model)
+
+
+def fresh_probes(quick: bool, seed: int) -> Iterator[Case]:
+    """The control of fresh probes, without and with a control probe, on digits and the U-Net."""
+    images, rows = digits(2 if quick else 6, seed), held_out(1 if quick else 4, seed).float()
+    network = unet(quick)
+    for name, divergence in {"": StillFresh(), ", control probe": StillFresh(control=True)}.items():
+        yield Case(f"digits, fresh{name}", images.model, images.x, divergence)
+        yield Case(f"U-Net, VP, fresh{name}", network, rows, divergence, itself=True)
+
+
+def truth(case: Case) -> tuple[Tensor, float]:
+    """(B,) log p, and what it may be wrong by."""
+    if case.itself:
+        found = sdekit.log_likelihood(case.model, case.x, divergence=FIXED, tolerance=_SELF, throw=False)
+        return found.log_prob, quantile(found.solver_error, 1.0)
+    x = case.x.double()
+    probe = None if isinstance(case.divergence, sdekit.Exact) else fixed_probe(x)
+    known = reference(case.model if case.of is None else case.of, x, probe)
+    return known.log_prob, quantile(known.error, 1.0)
+
+
+def rows_of(case: Case) -> list[list[str | float | int]]:
+    """A row of the table for each tolerance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known, own = truth(case)
+    made: list[list[str | float | int]] = []
+    for tolerance in TOLERANCES[:2] if case.itself else TOLERANCES:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            found = sdekit.log_likelihood(
+                *(case.model, case.x), divergence=case.divergence, tolerance=tolerance, throw=False
+            )
+        error, size = (found.log_prob - known).abs(), case.x.shape[1:].numel()
+        warned = any(issubclass(warning.category, sdekit.ToleranceWarning) for warning in heard)
+        failed = int((~torch.isfinite(found.log_prob)).sum())
+        row: list[str | float | int] = [case.name, size, len(error), tolerance, share_within(error, tolerance)]
+        row += [quantile(error, 1.0) / tolerance, quantile(error, 0.5) / tolerance]
+        row += [share_within(error, found.solver_error), int((found.status == sdekit.Status.LOOSE).sum()), failed]
+        cost = found.stats.evaluations
+        made.append([*row, "yes" if warned else "no", float(cost.double().mean()), int(cost.max()), own])
+    return made
+
+
+GROUPS: dict[str, Callable[[bool, int], Iterator[Case]]] = {
+    "high dimension": high_dimension,
+    "off the data": off_data,
+    "fresh probes' control": fresh_probes,
+    "other times": other_times,
+    "no gradient": no_gradient,
+    "low precision, against the truth of float64": low_precision,
+}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    chosen = arguments(__doc__)
+    report = Report("likelihood_stress", chosen)
+    for title, cases in GROUPS.items():
+        table = report.table(title, COLUMNS)
+        for case in tqdm(cases(chosen.quick, chosen.seed), desc=title):
+            table.rows += rows_of(case)
+            report.save(final=False)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
