@@ -423,7 +423,7 @@ class TestWhatIsRefused:
             ({"indices": torch.zeros(2, dtype=torch.int64)}, ValueError),
             ({"transform": sdekit.Affine(torch.ones(2).requires_grad_())}, ValueError),
         ],
-        ids=str,
+        ids=lambda part: next(iter(part)) if isinstance(part, dict) else part.__name__,
     )
     def test_arguments_that_do_not_fit(self, learned, change, kind):
         model, x = learned
