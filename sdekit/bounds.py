@@ -31,9 +31,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._levels import Integral, Plan, Question
-from .divergence import Divergence, Hutchinson, default_divergence
+from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
 from .loss import CauchyLogSigma, Times
 from .model.score_model import ScoreModel
+from .sde.base import as_time
 from .targets import Gaussian
 
 # Where levels are drawn by default. On mixtures in 2 and 16 dimensions, a learned network and digits, standard errors
@@ -167,6 +168,9 @@ def sde_bound(
         raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
     if isinstance(chosen, Hutchinson) and (chosen.control or not chosen.fresh):
         raise ValueError(f"{chosen}; every draw has probes of its own here: leave out fresh=False and control=True.")
+    if isinstance(chosen, Hutchinson) and chosen.mode == "jvp" and x.shape[0]:
+        first, t = model.take(question.numbers[:1] * 0), as_time(model.sde.t_min).to(x.device).expand(1)
+        require_traceable(lambda state: first.output(state, t), x[:1])
     return from_t_min(question, question.diverging(chosen, from_data=False))
 
 

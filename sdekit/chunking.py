@@ -149,6 +149,8 @@ class _Parts:
 
     def _keep(self, found: Any, stop: int) -> None:
         _check(found, stop - self.reached)
+        if self.done and type(found) is not type(self.done[0]):  # what failed before was a part of the function
+            self.done = [_empty(found, _rows(part)) for part in self.done]
         self.done.append(found)
         self.reached = stop
         self.interrupted = any(bool((status == _REST).any()) for status in _statuses(found))
@@ -156,6 +158,8 @@ class _Parts:
     def _fail(self, error: Exception, stop: int) -> None:
         """Books the error of a chunk: keeps what it carries, and raises it where nothing is to be kept."""
         partial = error.solution if isinstance(error, SolveError) else None
+        if self.done and type(partial) is not type(self.done[0]):  # the function's own part, not its result
+            partial = None
         if partial is None and not self.done:
             raise error
         if partial is not None:
@@ -178,6 +182,9 @@ class _Parts:
                 stacklevel=3,
             )
         return whole
+
+
+_SUMS = ("calls",)  # numbers that add up over chunks; others are the same in each
 
 
 class _Leaf(NamedTuple):
@@ -214,7 +221,7 @@ def _check(found: Any, count: int) -> None:
             )
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: list[Any], name: str = "") -> Any:
     """The results of consecutive chunks as one."""
     first = parts[0]
     if isinstance(first, Tensor):
@@ -225,13 +232,28 @@ def _joined(parts: list[Any]) -> Any:
             *(torch.cat([_lengthened(value, length) for value in column]) for column in zip(*parts, strict=True))
         )
     if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts]) for key in first}
+        return {key: _joined([part[key] for part in parts], str(key)) for key in first}
     if isinstance(first, tuple):
-        children = [_joined(list(column)) for column in zip(*parts, strict=True)]
+        names = getattr(first, "_fields", (name,) * len(first))
+        columns = (_filled(column, parts) for column in zip(*parts, strict=True))
+        children = [_joined(column, field) for column, field in zip(columns, names, strict=True)]
         return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
-    if isinstance(first, int) and not isinstance(first, bool):
-        return sum(parts)
-    return first
+    return sum(parts) if name in _SUMS else first
+
+
+def _filled(column: tuple[Any, ...], parts: list[Any]) -> list[Any]:
+    """The column of one field; where only some chunks have it (others failed before), theirs is as if not reached."""
+    known = [value for value in column if value is not None]
+    if not known or len(known) == len(column):
+        return list(column)
+    return [
+        _empty(known[0], _rows(part)) if value is None else value for value, part in zip(column, parts, strict=True)
+    ]
+
+
+def _rows(part: Any) -> int:
+    """How many samples a chunk's result is of."""
+    return next(leaf.value.shape[0] for leaf in _leaves(part) if isinstance(leaf.value, Tensor))
 
 
 def _lengthened(value: Tensor, length: int) -> Tensor:
@@ -251,4 +273,4 @@ def _empty(like: Any, count: int, name: str = "") -> Any:
         names = getattr(like, "_fields", (name,) * len(like))
         children = [_empty(value, count, field) for field, value in zip(names, like, strict=True)]
         return type(like)(*children) if hasattr(like, "_fields") else tuple(children)
-    return 0 if isinstance(like, int) and not isinstance(like, bool) else like
+    return 0 if name in _SUMS else like

@@ -157,8 +157,8 @@ def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
 @opt.shape
 @click.option("--out", type=opt.FILE, required=True, help="A .npy, .npz or .safetensors file.")
 @click.option("--picture", type=opt.FILE, help="Draw the samples (.png, .pdf, .svg).")
-@click.option("--steps", type=click.IntRange(1), help="[default: 32; 200 with --eta]")
-@click.option("--solver", type=click.Choice(list(_SOLVERS)), help="[default: adams; euler-maruyama with --eta]")
+@click.option("--steps", type=click.IntRange(1), help="[default: 32; 100 with --eta]")
+@click.option("--solver", type=click.Choice(list(_SOLVERS)), help="[default: adams; SDE-DPM-Solver++(2) with --eta]")
 @click.option("--eta", type=click.FloatRange(0.0), default=0.0, show_default=True, help="Noise; 0: none, 1: the SDE.")
 @opt.batch
 @opt.seed

@@ -127,7 +127,9 @@ class FixedGrid(Controller):
     ) -> Verdict:
         accept = step.finite
         indicated, rounded = state.indicated, state.rounded
-        if term.has_density and proposal.error is not None:
+        if term.has_density and proposal.error is None:  # nobody knows
+            indicated, rounded = indicated + math.nan, rounded + math.nan
+        elif term.has_density:
             cost = term.nats(proposal.error, proposal.aux)
             indicated = indicated + torch.where(accept, cost * torch.where(proposal.settled, 1.0, 0.1), 0.0)
             rounded = rounded + torch.where(accept, term.rounding(step.z, proposal.z, proposal.aux), 0.0)
@@ -154,9 +156,9 @@ class NatsState(NamedTuple):
 class Nats(Controller):
     """Steps such that the errors of all of them together cost at most `tolerance` nats of log density.
 
-    A local error (e_u, e_l) costs d = |gradient . e_u| + |e_l| nats: the error of log p telescopes into the sum over
-    steps of V(new) + dl - V(old), V the log density of the state. Each step may spend what is left of the tolerance,
-    scaled as the square root of its share of the way.
+    A local error (e_u, e_l) costs d nats (likelihood_flow.py), about |gradient . e_u| + |e_l|: the error of log p
+    telescopes into the sum over steps of V(new) + dl - V(old), V the log density of the state. Each step may spend what
+    is left of the tolerance, scaled as the square root of its share of the way.
 
     Args:
         tolerance: Nats per sample, > 0.

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from .model.parameterization import Mix
 End = Literal["marginal", "heat", "extrapolate"]
 
 _GAUSS = (0.5 - 0.5 / math.sqrt(3.0), 0.5 + 0.5 / math.sqrt(3.0))  # two points: a Gaussian's score is linear
+MISMATCH_EVALUATIONS = len(_GAUSS) + 1
 _SHIFT = 1 << 40  # node number of the probes drawn here: no path has as many nodes
 
 
@@ -140,28 +142,25 @@ def mismatch(term: LikelihoodFlow, x: Tensor, law: Callable[[Tensor], tuple[Tens
         law: Score (B, D) and its divergence (B,) of the terminal law at states (B, D).
 
     Raises:
-        SolveError: The network cannot be used.
+        NetworkError: The network cannot be used.
     """
     sde, flat = term.model.sde, flatten(x)
     if not x.shape[0]:
         return torch.zeros(0, dtype=torch.float64, device=x.device), 0
     t = torch.full((x.shape[0],), sde.t_max, dtype=torch.float64, device=x.device)
     along = torch.zeros_like(t)
-    try:
-        for share in _GAUSS:
-            state = share * flat
-            score = flatten(term.model.score(state.reshape(x.shape), t))
-            along = along + 0.5 * dot(flat, score - law(state)[0])
-        origin = torch.zeros_like(flat)
-        score, divergence, _ = _score(term, origin, t, 3)
-    except NetworkError as error:
-        raise SolveError(f"{error} (at t={sde.t_max:g}, in the error budget)") from error
+    for share in _GAUSS:
+        state = share * flat
+        score = flatten(term.model.score(state.reshape(x.shape), t))
+        along = along + 0.5 * dot(flat, score - law(state)[0])
+    origin = torch.zeros_like(flat)
+    score, divergence, _ = _score(term, origin, t, 3)
     alpha, variance = sde.alpha(t), sde.prior_std**2
     there, slope = law(origin)
     # The score of y = x/alpha is alpha that of x.
     score, divergence = score * column(1.0 / alpha, score), divergence / alpha.square()
     excess = dot(score, score) - dot(there, there) + divergence - slope
-    return along - 0.5 * variance * excess, len(_GAUSS) + 1
+    return along - 0.5 * variance * excess, MISMATCH_EVALUATIONS
 
 
 def _score(term: LikelihoodFlow, y: Tensor, t: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,8 +177,9 @@ def _score(term: LikelihoodFlow, y: Tensor, t: Tensor, number: int) -> tuple[Ten
     assert divergence is not None  # a LikelihoodFlow of log_likelihood has one
     probes = None
     if isinstance(divergence, Hutchinson):
-        node = torch.full_like(term.keys[:, 0], _SHIFT + number if divergence.fresh else 0)
-        probes = divergence.draw(term.keys, node, y.shape[1], y.dtype)
+        # Of their own even where the path has fixed ones: the variances of both are then added.
+        node = torch.full_like(term.keys[:, 0], _SHIFT + number)
+        probes = replace(divergence, fresh=True).draw(term.keys, node, y.shape[1], y.dtype)
     value, traces, products = divergence.evaluate(field, y, probes)
     if not isinstance(divergence, Hutchinson) or probes is None or products is None:
         return value, traces[:, 0], torch.zeros_like(traces[:, 0])

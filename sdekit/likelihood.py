@@ -34,13 +34,13 @@ from ._tensor import working
 from .budget import Ends
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson, require_traceable
-from .ends import End, Entry, enter_data, mismatch
-from .errors import SmoothnessWarning
+from .ends import MISMATCH_EVALUATIONS, End, Entry, enter_data, mismatch
+from .errors import NetworkError, PartialResultWarning, SmoothnessWarning, SolveError
 from .integrate import Outcome, Problem, begin, check_limits, drive, finish
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
-from .solution import LogLikelihood, Stats
+from .solution import LogLikelihood, Stats, Status
 from .solver.adams import Adams
 from .solver.base import Solver
 from .targets import Gaussian
@@ -86,7 +86,8 @@ def log_likelihood(
         transform: Maps x into the model's units; log_prob stays a density in the units of x.
         seed: Of the probes, 0 <= seed < 2^63.
         indices: (B,) global sample numbers that key the probes; default 0..B-1: pass them when you shuffle or split.
-        budget: Estimate what is left out at both ends too, for `out.budget()`: 4 evaluations more (5 with "heat").
+        budget: Estimate what is left out at both ends too, for `out.budget()`: 4 evaluations more, 5 with end="heat", 3
+            with "extrapolate".
         max_evaluations: Network evaluations a sample at most.
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
@@ -105,7 +106,7 @@ def log_likelihood(
     require_deterministic(model)
     model.check_batch(x.shape[0])
     method = choose_method(model, x, divergence, tolerance, nodes, solver, controller)
-    _check_end(end, t)
+    _check_end(end, t, budget)
     limits = check_limits(max_evaluations, wall_time, progress)
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
     start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
@@ -121,21 +122,20 @@ def log_likelihood(
     with torch.inference_mode(False), torch.no_grad():
         entry = enter_data(term, mapped, end, budget)
         s0 = term.coordinate(start)
-        problem = Problem(
-            term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - entry.evaluations
-        )
-        if problem.max_evaluations < 1:
+        besides = entry.evaluations + (MISMATCH_EVALUATIONS if budget else 0)
+        if max_evaluations <= besides:
             raise ValueError(
-                f"max_evaluations={max_evaluations}; more than {entry.evaluations} is needed for end={end!r}."
+                f"max_evaluations={max_evaluations}; more than {besides} is needed for end={end!r}, budget={budget}."
             )
+        problem = Problem(term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - besides)
         outcome = drive(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
         result = _result(term, method, outcome, entry, start, data_moments, transform)
+        result = result._replace(latent=result.latent.to(x.dtype), whole=(x == x.round()).flatten(1).all(1))
         if budget and outcome.error is None:
             result = _with_ends(result, term, entry, end, data_moments)
     finish(result, outcome.carry.status, outcome.error, result.t, "the noise's end of time", numbers, throw)
     warn_loose(result.status, result.solver_error, method)
-    whole = (x == x.round()).flatten(1).all(1)
-    return result._replace(latent=result.latent.to(x.dtype), whole=whole)
+    return result
 
 
 def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tensor) -> None:
@@ -145,9 +145,11 @@ def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tenso
         transform.check(x.shape[1:])
 
 
-def _check_end(end: str, t: Tensor | float | None) -> None:
+def _check_end(end: str, t: Tensor | float | None, budget: bool) -> None:
     if end not in ("marginal", "heat", "extrapolate"):
         raise ValueError(f"end={end!r}; 'marginal', 'heat' or 'extrapolate' is needed.")
+    if budget and t is not None:
+        raise ValueError(f"t={t} with budget=True; what is left out at t_min is no error then: leave one of them out.")
     if end == "marginal":
         return
     if t is not None:
@@ -210,7 +212,16 @@ def _with_ends(
         variance = sde.prior_std**2
         return -state / variance, torch.full_like(result.t, -size / variance)
 
-    excess, calls = mismatch(term, result.latent, law)
+    if bool(((result.status == Status.INTERRUPTED) | (result.status == Status.TIME_LIMIT)).any()):
+        return result
+    try:
+        excess, calls = mismatch(term, working(result.latent), law)
+    except KeyboardInterrupt:
+        text = "interrupted in the error budget: the densities are done, the ends are not estimated."
+        warnings.warn(text, PartialResultWarning, stacklevel=3)
+        return result
+    except NetworkError as error:
+        raise SolveError(f"{error} (at t={sde.t_max:g}, in the error budget)", result) from error
     known = ~result.log_prob.isnan()
     left_out, spread, excess = (torch.where(known, part, math.nan) for part in (entry.left_out, entry.spread, excess))
     stats = result.stats._replace(evaluations=result.stats.evaluations + calls, calls=result.stats.calls + calls)

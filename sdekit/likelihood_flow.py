@@ -193,7 +193,7 @@ class LikelihoodFlow(Term):
         gradient = aux.gradient
         if gradient is None:
             raise TypeError("a LikelihoodFlow without a divergence carries no density; its rounding costs no nats.")
-        epsilon = torch.finfo(before.u.dtype).eps
+        epsilon = max(torch.finfo(dtype).eps for dtype in (before.u.dtype, self.model.network_dtype(before.u)))
         # Each coordinate is rounded by itself; the trace is a sum of D numbers, of the network's precision.
         moved = dot(gradient * before.u, gradient * before.u) + (after.log_det - before.log_det)[:, 0].square()
         return (_ROUNDING * epsilon) ** 2 * moved

@@ -32,6 +32,7 @@ from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
 from .sampling import default_solver, draw_prior
+from .solution import Status
 from .solver.adams import Adams
 from .solver.base import Solver
 
@@ -129,6 +130,8 @@ def plan_sampling(
             throw=True,
             return_path=keep,
         )
+        if bool((found.status == Status.INTERRUPTED).any()):  # half a pilot plans nothing
+            raise KeyboardInterrupt
         spent += found.stats.calls
         bar.update(found.stats.calls)
         return found.x, found.path.x.transpose(0, 1) if found.path is not None else found.x[:0]

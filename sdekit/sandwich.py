@@ -22,7 +22,7 @@ from .likelihood import log_likelihood
 from .loss import Times
 from .model.score_model import ScoreModel
 from .pointwise import i_mmse, path_integral
-from .solution import LogLikelihood
+from .solution import LogLikelihood, Status
 from .targets import Gaussian
 
 
@@ -127,6 +127,8 @@ def sandwich(
     flow = log_likelihood(
         model, x, divergence=divergence, tolerance=tolerance, data_moments=data_moments, seed=seed, indices=indices
     )
+    if bool((flow.status == Status.INTERRUPTED).any()):
+        raise KeyboardInterrupt
     return Sandwich(
         flow,
         bound,

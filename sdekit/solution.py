@@ -150,12 +150,11 @@ class LogLikelihood(NamedTuple):
             high: Upper edge of the last bin.
 
         Raises:
-            ValueError: Samples were integers; or levels and edges that make no bins.
+            ValueError: All values of all samples were integers; or levels and edges that make no bins.
         """
-        integers = 0 if self.whole is None else int(self.whole.sum())
-        if integers:
+        if self.whole is not None and len(self.whole) and bool(self.whole.all()):
             raise ValueError(
-                f"{integers} of {len(self.log_prob)} samples are integers only: levels that were not dequantised "
+                f"all {len(self.log_prob)} samples are integers only: levels that were not dequantised "
                 "have probabilities, not densities, and bits/dim of a density there mean nothing. Use "
                 "sdekit.discrete_log_likelihood, or add noise within each level's bin first."
             )

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
+from helpers import gaussian, mixture, moments
 from torch import Tensor
 
 import sdekit
 from sdekit.budget import Budget
 from sdekit.zoo import digits as zoo
-from tests.helpers import gaussian, mixture, moments
 
 SDES = {
     "VP": sdekit.VPSDE(t_min=1e-3),
@@ -148,3 +148,51 @@ def test_an_empty_batch_has_an_empty_budget() -> None:
     assert isinstance(budget, Budget)
     assert budget.total().shape == (0,)
     assert "?" in str(budget)
+
+
+def test_a_solver_without_an_estimate_claims_none() -> None:
+    target, sde = mixture(2, 0), SDES["VP"]
+    grid = sdekit.FixedGrid(sdekit.grid.likelihood(sde, 8).flip(0))
+    x = target.sample(3, generator=torch.Generator().manual_seed(9))
+    out = sdekit.log_likelihood(target.score_model(sde), x, solver=sdekit.RK4(), controller=grid, budget=True)
+    assert bool(out.solver_error.isnan().all())
+    assert bool(out.budget().total().isnan().all())
+    assert "?" in str(out.budget())
+
+
+def test_a_single_precision_network_rounds_double_precision_states() -> None:
+    net = zoo.load().float().eval()
+    x = zoo.dequantise(zoo.load_split().test[:2], torch.Generator().manual_seed(5))
+    narrow, mixed = (sdekit.log_likelihood(net, data, nodes=6).rounding for data in (x.float(), x.double()))
+    assert narrow is not None
+    assert mixed is not None
+    torch.testing.assert_close(narrow.double(), mixed, rtol=0.05, atol=0.0)
+
+
+def test_what_the_budget_cannot_mean_is_refused() -> None:
+    target = mixture(2, 0)
+    model, x = target.score_model(SDES["VP"]), target.sample(2, generator=torch.Generator().manual_seed(9))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        sdekit.log_likelihood(model, x, t=0.5, budget=True)
+    with pytest.raises(ValueError, match="more than 4 is needed"):
+        sdekit.log_likelihood(model, x, nodes=4, max_evaluations=4, budget=True)
+    assert int(sdekit.log_likelihood(model, x, nodes=4, max_evaluations=8, budget=True).stats.calls) == 8
+
+
+def test_a_network_that_fails_in_the_budget_leaves_the_densities() -> None:
+    target, sde = mixture(2, 0), SDES["VP"]
+    exact, calls = target.score_model(sde), 0
+
+    class Fails(torch.nn.Module):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls > 9:
+                raise RuntimeError("no more")
+            return exact.net(x, label)
+
+    model = sdekit.ScoreModel(Fails(), sde, exact.parameterization, exact.data_std)
+    x = target.sample(2, generator=torch.Generator().manual_seed(9))
+    with pytest.raises(sdekit.SolveError, match="in the error budget") as caught:
+        sdekit.log_likelihood(model, x, nodes=8, budget=True)
+    assert bool(caught.value.solution.log_prob.isfinite().all())

@@ -17,6 +17,7 @@ from sdekit import _memory, chunking
 from sdekit._memory import free_bytes, peak_of, ran_out
 from sdekit.chunking import chunked
 from sdekit.comparison import log_ratio
+from sdekit.discrete import discrete_log_likelihood
 from sdekit.sampled_density import sample_log_prob
 from sdekit.solution import Path, Stats
 
@@ -382,3 +383,65 @@ class TestFailures:
 def test_what_does_not_fit_is_refused(function, x, options, error, message):
     with pytest.raises(error, match=message):
         chunked(function, x, **options)
+
+
+def test_numbers_that_are_the_same_in_every_chunk_are_not_added_up():
+    model, k = mixture(2, 0).score_model(VP), torch.tensor([[0, 1], [2, 3], [1, 1], [3, 0]])
+
+    def bound(part, rows):
+        return discrete_log_likelihood(model, part, levels=4, low=-2.0, high=2.0, nodes=6, indices=rows)
+
+    torch.testing.assert_close(chunked(bound, k, chunk=2).bits_per_dim(), bound(k, torch.arange(4)).bits_per_dim())
+
+
+class Fragile(nn.Module):
+    """A mixture's prediction, NaN where its condition says so; after `calls` calls it raises."""
+
+    def __init__(self, model, calls=10**9):
+        super().__init__()
+        self.model, self.left = model, calls
+
+    def forward(self, x, label, broken=None):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("no more")
+        out = self.model.net(x, label)
+        return out if broken is None else torch.where(broken[:, None], torch.nan, out)
+
+
+@pytest.mark.parametrize("bad", [0, 2, 5])
+@pytest.mark.parametrize("ratio", [False, True])
+def test_a_sample_that_fails_in_any_chunk_leaves_the_others(bad, ratio):
+    target = mixture(2, 0)
+    exact = target.score_model(VP)
+    model = sdekit.ScoreModel(Fragile(exact), VP, exact.parameterization, exact.data_std)
+    x, broken = target.sample(6, generator=seeded(1)), torch.arange(6) == bad
+
+    def density(part, rows):
+        asked = model.condition(broken=broken[rows])
+        if ratio:
+            return log_ratio(asked, exact, part, indices=rows, nodes=6)
+        return sdekit.log_likelihood(asked, part, indices=rows, nodes=6, budget=True)
+
+    with pytest.raises(sdekit.SolveError) as caught:
+        chunked(density, x, chunk=2)
+    found = caught.value.solution
+    value = found.value if ratio else found.log_prob
+    assert value.shape == (6,)
+    assert value[torch.arange(6) // 2 != bad // 2].isfinite().all()
+    assert value[bad].isnan()
+
+
+@pytest.mark.parametrize("calls", [4, 14, 15])
+def test_a_network_that_gives_up_leaves_what_was_done(calls):
+    target = mixture(2, 0)
+    exact = target.score_model(VP)
+    model = sdekit.ScoreModel(Fragile(exact, calls), VP, exact.parameterization, exact.data_std)
+
+    def density(part, rows):
+        return sdekit.log_likelihood(model, part, indices=rows, nodes=6, budget=True)
+
+    with pytest.raises(sdekit.SolveError, match="no more") as caught:
+        chunked(density, target.sample(6, generator=seeded(1)), chunk=2)
+    assert caught.value.solution.log_prob.shape[0] in (2, 6)
+    assert caught.value.solution.log_prob[:2].isfinite().all() == (calls > 4)

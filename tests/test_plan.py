@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import mixture
 from torch import Tensor, nn
 
 import sdekit
 from sdekit.likelihood_flow import LikelihoodFlow
 from sdekit.plan import _derivative, _nodes
-from tests.helpers import mixture
 
 SDE = sdekit.VPSDE(t_min=1e-3)
 

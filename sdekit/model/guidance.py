@@ -133,7 +133,7 @@ class _ClassifierFree(nn.Module):
         self.unconditional = unconditional
         self.scale = scale
 
-    def forward(self, x: Tensor, label: Tensor, **condition: Any) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, /, **condition: Any) -> Tensor:
         mine, others = _split(condition, _OTHER)
         one, other = self.conditional.condition(**mine), self.unconditional.condition(**others)
         own = one.answer(x, label)
@@ -157,7 +157,7 @@ class _Classified(nn.Module):
         self.log_prob_of_label = log_prob_of_label
         self.scale = scale
 
-    def forward(self, x: Tensor, label: Tensor, **condition: Any) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, /, **condition: Any) -> Tensor:
         mine, others = _split(condition, _CLASSIFIER)
         model = self.model.condition(**mine)
         own = model.answer(x, label)

@@ -121,7 +121,7 @@ class ScoreModel(nn.Module):
 
     def answer(self, seen: Tensor, label: Tensor) -> Tensor:
         """The network's own output for its scaled input `seen` (B, *event) and label (B,), in the dtype of `seen`."""
-        return self._answer(seen, label, self._dtype(seen))
+        return self._answer(seen, label, self.network_dtype(seen))
 
     def caller(self, x: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
         """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.
@@ -129,7 +129,7 @@ class ScoreModel(nn.Module):
         Inputs may be kept and outputs too: a network found to write into its input, or to answer in the same buffer
         again, is given copies and its answers are copied.
         """
-        dtype = self._dtype(x)
+        dtype = self.network_dtype(x)
         rows = labels.to(x.device, dtype)[:, None].repeat(1, x.shape[0]).unbind(0)
         watched: list[Tensor] = []  # the answers of the first two calls
         writes, reuses = False, False
@@ -149,7 +149,8 @@ class ScoreModel(nn.Module):
 
         return call
 
-    def _dtype(self, x: Tensor) -> torch.dtype:
+    def network_dtype(self, x: Tensor) -> torch.dtype:
+        """What the network computes in: the type of its parameters, that of `x` where it has none."""
         return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
 
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,6 +43,25 @@ class Classes(nn.Module):
         return 0.2 * self.net(x, label) + torch.tanh(x + self.shift[y])
 
 
+class Labelled(nn.Module):
+    """The same, its class called `label`."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Classes()
+
+    def forward(self, x, t, label=None):
+        return self.inner(x, t, label)
+
+
+def test_a_condition_may_be_called_label():
+    named, plain = (sdekit.ScoreModel(net, VP, data_std=1.0).eval() for net in (Labelled(), Classes()))
+    x, y, none = draw(3, 4, 3), torch.tensor([0, 1, 2, 3]), torch.full((4,), 4)
+    one = guided(named, named.condition(label=none), 2.0).condition(label=y)
+    other = guided(plain, plain.condition(y=none), 2.0).condition(y=y)
+    assert torch.equal(one.score(x, 0.3), other.score(x, 0.3))
+
+
 class TestTheFieldInClosedForm:
     @pytest.mark.parametrize("scale", [0.6, 3.0])
     @pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
