@@ -158,11 +158,12 @@ class _Parts:
     def _fail(self, error: Exception, stop: int) -> None:
         """Books the error of a chunk: keeps what it carries, and raises it where nothing is to be kept."""
         partial = error.solution if isinstance(error, SolveError) else None
-        if self.done and type(partial) is not type(self.done[0]):  # the function's own part, not its result
-            partial = None
         if partial is None and not self.done:
             raise error
-        if partial is not None:
+        if partial is not None and self.done and type(partial) is not type(self.done[0]):
+            self._keep(_empty(self.done[0], stop - self.reached), stop)  # it is of a part of the function
+            self.interrupted = False
+        elif partial is not None:
             self._keep(partial, stop)
         self.failure, self.failed = self.failure or error, self.failed + 1
         self.broken = partial is None or isinstance(error.__cause__, NetworkError)
