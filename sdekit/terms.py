@@ -11,6 +11,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -99,12 +100,8 @@ class Term(ABC):
         raise TypeError(f"{type(self).__name__} carries no density; control in nats needs a LikelihoodFlow.")
 
     def rounding(self, before: Any, after: Any, aux: Aux) -> Tensor:
-        """(B,) float64 squared nats that the rounding of a step from one state to another costs; as `nats`.
-
-        Raises:
-            TypeError: This term carries no density.
-        """
-        raise TypeError(f"{type(self).__name__} carries no density; rounding in nats needs a LikelihoodFlow.")
+        """(B,) float64 squared nats that the rounding of a step from one state to another costs; NaN if unknown."""
+        return torch.full_like(self.watched(before)[:, 0], math.nan, dtype=torch.float64)
 
 
 class ProbabilityFlow(Term):
