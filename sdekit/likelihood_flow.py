@@ -33,7 +33,7 @@ from .model.score_model import ScoreModel
 from .sde.base import as_time
 from .terms import Aux, Evaluation, Term
 
-_ROUNDING = 1.5  # units in the last place that a step of the solve is off by: python -m benchmarks.budget
+_ROUNDING = 2.0  # units in the last place that a step of the solve is off by: python -m benchmarks.budget
 # Of |gradient . e_u| + |e_l| at least this share counts: the constant over sqrt(D), but a quarter. With 4, points near
 # separatrices of 16-D mixtures came out above their estimate, and by norms points of 64-D did (docs/decisions).
 _CANCELS, _LEAST = 8.0, 0.25

@@ -83,7 +83,7 @@ def plainly(model, x, solver, divergence, nodes, seed):
         proposal = solver.propose(term, s[step], s[step + 1], z, memory, None)
         z, memory, step = proposal.z, proposal.memory, step + int(ready is None or bool(ready.all()))
     scales = term.log_scale(times[-1:]) - term.log_scale(times[:1])
-    log_det = z.log_det[:, :1] if term.fresh else z.log_det
+    log_det = z.log_det[:, : term.values]
     return model.sde.prior_log_prob(term.leave(z, s[-1])) + log_det.mean(1) + x.shape[1] * scales
 
 
