@@ -136,7 +136,7 @@ def test_low_discrepancy_times_hit_each_of_b_equal_parts_once(times):
 def test_each_time_alone_is_uniform(low_discrepancy):
     # Kolmogorov-Smirnov on one time of each of 2000 draws: beyond 2.5/sqrt(n) with probability 2 exp(-12.5) = 7e-6.
     sde, source, draws = VPSDE(), generator(4), 2000
-    law = losses.UniformTime(low_discrepancy)
+    law = losses.UniformTime(low_discrepancy=low_discrepancy)
     t = torch.stack([law.draw(sde, 5, source).t[3] for _ in range(draws)]).sort().values
     u = (t - sde.t_min) / (sde.t_max - sde.t_min)
     gap = (u - (torch.arange(draws) + 0.5) / draws).abs().max()
