@@ -12,7 +12,7 @@ from torch import Tensor
 from ._checks import require_count, require_positive
 from ._fit import check_method
 from .controller import Controller, FixedGrid, Nats
-from .divergence import Divergence, Hutchinson, default_divergence
+from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
 from .errors import ToleranceWarning
 from .grid import MixedTime
 from .integrate import Carry
@@ -101,3 +101,17 @@ def warn_loose(status: Tensor, solver_error: Tensor, method: Method) -> None:
             ToleranceWarning,
             stacklevel=3,
         )
+
+
+def check_forward_mode(divergence: Divergence, model: ScoreModel, x: Tensor, t: Tensor) -> None:
+    """Raises NetworkError where a divergence by forward mode would take a detached output for a constant one.
+
+    Args:
+        divergence: How the trace is had.
+        model: The score model.
+        x: (B, *event) states; the first is tried.
+        t: (B,) float64 their times.
+    """
+    if isinstance(divergence, Hutchinson) and divergence.mode == "jvp" and x.shape[0]:
+        first = model.take(torch.zeros(1, dtype=torch.int64, device=x.device))
+        require_traceable(lambda state: first.output(state, t[:1]), x[:1].detach())

@@ -31,7 +31,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._levels import Integral, Plan, Question
-from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
+from ._method import check_forward_mode
+from .divergence import Divergence, Hutchinson, default_divergence
 from .loss import CauchyLogSigma, Times
 from .model.score_model import ScoreModel
 from .sde.base import as_time
@@ -168,9 +169,7 @@ def sde_bound(
         raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
     if isinstance(chosen, Hutchinson) and (chosen.control or not chosen.fresh):
         raise ValueError(f"{chosen}; every draw has probes of its own here: leave out fresh=False and control=True.")
-    if isinstance(chosen, Hutchinson) and chosen.mode == "jvp" and x.shape[0]:
-        first, t = model.take(question.numbers[:1] * 0), as_time(model.sde.t_min).to(x.device).expand(1)
-        require_traceable(lambda state: first.output(state, t), x[:1])
+    check_forward_mode(chosen, model, x, as_time(model.sde.t_min).to(x.device).expand(x.shape[0]))
     return from_t_min(question, question.diverging(chosen, from_data=False))
 
 

@@ -25,11 +25,11 @@ from ._checks import (
     require_seed,
 )
 from ._fit import times_of
-from ._method import choose_method
+from ._method import check_forward_mode, choose_method
 from ._tensor import put, take, widened
 from .adjoint import Course, follow
 from .controller import FixedGrid
-from .divergence import Divergence, Hutchinson, require_traceable
+from .divergence import Divergence, Hutchinson
 from .errors import SolveError
 from .likelihood import check_laws, density
 from .likelihood_flow import FlowState, LikelihoodFlow
@@ -99,9 +99,7 @@ def log_prob(
             _refuse_gradients(transform)
             state = transform.forward(state)
         term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
-        if isinstance(method.divergence, Hutchinson) and method.divergence.mode == "jvp" and x.shape[0]:
-            first = model.take(torch.zeros_like(numbers[:1]))
-            require_traceable(lambda part: first.output(part, start[:1]), state[:1].detach())
+        check_forward_mode(method.divergence, model, state, start)
         s0 = term.coordinate(start)
         last = torch.ones_like(s0)
         alike = slice(1) if bool((s0 == s0[:1]).all()) else slice(None)  # one row of nodes for all where it serves

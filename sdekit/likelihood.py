@@ -29,11 +29,11 @@ from ._checks import (
     require_seed,
 )
 from ._fit import check_grid_ends, check_moments, times_of
-from ._method import Method, choose_method, judged, warn_loose
+from ._method import Method, check_forward_mode, choose_method, judged, warn_loose
 from ._tensor import working
 from .budget import Ends
 from .controller import Controller, FixedGrid
-from .divergence import Divergence, Hutchinson, require_traceable
+from .divergence import Divergence, Hutchinson
 from .ends import MISMATCH_EVALUATIONS, End, Entry, enter_data, mismatch
 from .errors import NetworkError, PartialResultWarning, SmoothnessWarning, SolveError
 from .integrate import Outcome, Problem, begin, check_limits, drive, finish
@@ -116,9 +116,7 @@ def log_likelihood(
     start_from = working(x)
     mapped = start_from if transform is None else transform.forward(start_from)
     term = LikelihoodFlow(model, method.divergence, x.shape[1:], Hutchinson.keys(seed, numbers))
-    if isinstance(method.divergence, Hutchinson) and method.divergence.mode == "jvp" and x.shape[0]:
-        first = model.take(torch.zeros_like(numbers[:1]))
-        require_traceable(lambda state: first.output(state, start[:1]), mapped[:1])
+    check_forward_mode(method.divergence, model, mapped, start)
     with torch.inference_mode(False), torch.no_grad():
         entry = enter_data(term, mapped, end, budget)
         s0 = term.coordinate(start)

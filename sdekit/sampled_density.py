@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ._checks import choose_device, require_deterministic, require_indices, require_seed, require_shape
 from ._fit import check_grid_ends
-from ._method import Method, choose_method, judged, warn_loose
+from ._method import Method, check_forward_mode, choose_method, judged, warn_loose
 from ._tensor import working
 from .controller import Controller, FixedGrid
-from .divergence import Divergence, Hutchinson, require_traceable
+from .divergence import Divergence, Hutchinson
 from .grid import MixedTime
 from .integrate import Outcome, Problem, begin, check_limits, drive, finish
 from .likelihood import probe_variance
@@ -136,9 +136,7 @@ def sample_log_prob(
     keys, mixed = Hutchinson.keys(seed, numbers), MixedTime(sde, model.data_std, downward=True)
     term = LikelihoodFlow(model, method.divergence, latent.shape[1:], keys, mixed)
     start = working(latent)
-    if isinstance(method.divergence, Hutchinson) and method.divergence.mode == "jvp" and sizes[0]:
-        one = model.take(torch.zeros_like(numbers[:1]))
-        require_traceable(lambda state: one.output(state, first[:1]), start[:1])
+    check_forward_mode(method.divergence, model, start, first)
     with torch.inference_mode(False), torch.no_grad():
         s0 = term.coordinate(first)
         problem = Problem(term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations)
