@@ -15,7 +15,7 @@ from .controller import Controller, FixedGrid, Nats
 from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
 from .errors import ToleranceWarning
 from .grid import MixedTime
-from .integrate import Carry
+from .loop import Carry
 from .model.score_model import ScoreModel
 from .solution import Status
 from .solver.adams import Adams

@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 def _shift(word: Tensor, by: int) -> Tensor:
     """Logical right shift of int64 words."""
-    return (word >> by) & ((1 << (64 - by)) - 1)
+    return torch.bitwise_right_shift(word, by) & ((1 << (64 - by)) - 1)
 
 
 def _finalise(word: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def words(keys: Tensor, counter: Tensor, count: int) -> Tensor:
 def rademacher(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """(B, size) independent signs, -1 or +1 with equal probability."""
     bits = torch.arange(64, dtype=torch.int64, device=keys.device)
-    drawn = (words(keys, counter, -(-size // 64))[:, :, None] >> bits) & 1
+    drawn = torch.bitwise_right_shift(words(keys, counter, -(-size // 64))[:, :, None], bits) & 1
     return (2 * drawn - 1).flatten(1)[:, :size].to(dtype)
 
 

@@ -6,7 +6,7 @@ are all that the loop needs: `select` (commit by mask), `take` (keep some rows) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +29,19 @@ def tree_map(function: Callable[..., Any], first: Tree, *others: Tree) -> Tree:
         children = [tree_map(function, *leaves) for leaves in zip(first, *cast(Any, others), strict=True)]
         return cast(Tree, type(first)(*children) if hasattr(first, "_fields") else tuple(children))
     return first
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for part in tree for leaf in leaves(part)] if isinstance(tree, tuple) else []
+
+
+def rebuilt(tree: Tree, parts: Sequence[Tensor]) -> Tree:
+    """The tree with other tensors in the place of its own, in the order of `leaves`."""
+    following = iter(parts)
+    return tree_map(lambda leaf: next(following), tree)
 
 
 def column(value: Tensor, like: Tensor) -> Tensor:

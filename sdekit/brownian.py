@@ -7,6 +7,7 @@ and of where they are asked, never of what was asked before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -130,7 +131,15 @@ class IndependentIncrements(Draws):
         return (column(torch.tensor(sizes, dtype=torch.float64, device=each.device), drawn) * drawn).to(like.dtype)
 
     def take(self, rows: Tensor) -> IndependentIncrements:
-        return IndependentIncrements(self.seed, self.indices[rows])
+        return self.having(tuple(part[rows] for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.indices, self._chain, self._keys, self._areas
+
+    def having(self, parts: tuple[Tensor, ...]) -> IndependentIncrements:
+        other = copy(self)
+        other.indices, other._chain, other._keys, other._areas = parts
+        return other
 
 
 def _normal(keys: Tensor, counter: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ within it.)
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,15 @@ class BrownianMotion(Draws):
         return self._scaled(values[:, 1] - values[:, 0], like), self._scaled(areas[:, 0] + areas[:, 1], like)
 
     def take(self, rows: Tensor) -> BrownianMotion:
-        return BrownianMotion(self.seed, self.indices[rows], self.start[rows], self.end[rows], self.depth)
+        return self.having(tuple(part[rows] for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.indices, self._chain, self._keys, self.start, self.end, self._length, self._size
+
+    def having(self, parts: tuple[Tensor, ...]) -> BrownianMotion:
+        other = copy(self)
+        other.indices, other._chain, other._keys, other.start, other.end, other._length, other._size = parts
+        return other
 
     def _place(self, s0: Tensor, s1: Tensor) -> _Place:
         """Where the two ends lie."""

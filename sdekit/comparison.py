@@ -183,7 +183,7 @@ def _stopped(like: LogLikelihood) -> LogLikelihood:
         t=nothing,
         latent=torch.full_like(like.latent, math.nan),
         status=torch.full_like(like.status, int(Status.INTERRUPTED)),
-        stats=like.stats._replace(evaluations=none, accepted=none, rejected=none, calls=0),
+        stats=like.stats._replace(evaluations=none, accepted=none, rejected=none, calls=0, paid=0),
         by_probe=None if like.by_probe is None else torch.full_like(like.by_probe, math.nan),
         rounding=nothing,
         ends=None,

@@ -120,7 +120,7 @@ class FixedGrid(Controller):
         return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0), torch.zeros_like(s0))
 
     def target(self, s: Tensor, s_end: Tensor, state: GridState) -> Tensor:
-        return torch.take_along_dim(state.nodes, state.place[:, None] + 1, 1).squeeze(1)
+        return state.nodes.gather(1, state.place[:, None] + 1).squeeze(1)
 
     def judge(
         self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: GridState

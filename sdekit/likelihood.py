@@ -36,10 +36,13 @@ from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
 from .ends import MISMATCH_EVALUATIONS, End, Entry, enter_data, mismatch
 from .errors import NetworkError, PartialResultWarning, SmoothnessWarning, SolveError
-from .integrate import Outcome, Problem, begin, check_limits, drive, finish
+from .driver import Outcome, check_limits, drive
+from .integrate import finish
+from .loop import Problem, begin
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
+from .runtime import Runtime
 from .solution import LogLikelihood, Stats, Status
 from .solver.adams import Adams
 from .solver.base import Solver
@@ -67,6 +70,8 @@ def log_likelihood(
     wall_time: float | None = None,
     progress: bool = False,
     throw: bool = True,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> LogLikelihood:
     """Log densities of `x` under the model's probability flow, each with a standard error and an error estimate.
 
@@ -92,6 +97,9 @@ def log_likelihood(
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
+        runtime: How a step runs: "eager", "compile" (by torch's compiler, seconds once for every kind of solve), "graph"
+            (captured, on CUDA); "auto": "graph" on CUDA where it can be, else "eager". Results agree to rounding.
+        slots: How many samples are in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A LogLikelihood; every field per sample.
@@ -107,7 +115,7 @@ def log_likelihood(
     model.check_batch(x.shape[0])
     method = choose_method(model, x, divergence, tolerance, nodes, solver, controller)
     _check_end(end, t, budget)
-    limits = check_limits(max_evaluations, wall_time, progress)
+    limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)
     sde, numbers = model.sde, require_indices(indices, x.shape[0], x.device)
     start = times_of("t", sde.t_min if t is None else t, x, sde.t_min, sde.t_max)
     if isinstance(method.controller, FixedGrid) and nodes is None:
@@ -180,9 +188,7 @@ def _result(
     values = state.log_det[:, : term.values]
     nothing = torch.full_like(log_prior, math.nan)
     log_prob = torch.where(arrived, log_prior + log_det, nothing)
-    stats = Stats(
-        carry.evaluations + entry.evaluations, carry.accepted, carry.rejected, outcome.calls + entry.evaluations
-    )
+    stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls, outcome.paid).plus(entry.evaluations)
     return LogLikelihood(
         log_prob,
         torch.where(arrived, variance.sqrt(), nothing),
@@ -222,8 +228,8 @@ def _with_ends(
         raise SolveError(f"{error} (at t={sde.t_max:g}, in the error budget)", result) from error
     known = ~result.log_prob.isnan()
     left_out, spread, excess = (torch.where(known, part, math.nan) for part in (entry.left_out, entry.spread, excess))
-    stats = result.stats._replace(evaluations=result.stats.evaluations + calls, calls=result.stats.calls + calls)
-    return result._replace(ends=Ends(left_out, spread, excess, end, data_moments is not None), stats=stats)
+    ends = Ends(left_out, spread, excess, end, data_moments is not None)
+    return result._replace(ends=ends, stats=result.stats.plus(calls))
 
 
 def density(

@@ -19,19 +19,22 @@ Everything but the network's own Jacobian is linear in u and has its trace exact
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._tensor import column, dot, flatten
-from .divergence import Divergence, Hutchinson
+from .divergence import Divergence, FieldValue, Hutchinson
 from .grid import MixedTime, mixed_time
 from .ledger import Note, note
 from .model.parameterization import Mix, conversion
 from .model.score_model import ScoreModel
 from .sde.base import as_time
 from .terms import Aux, Evaluation, Term
+
+Ask = Callable[[Tensor, Tensor, Tensor | None], FieldValue]
 
 _ROUNDING = 2.0  # units in the last place that a step of the solve is off by: python -m benchmarks.budget
 # Of |gradient . e_u| + |e_l| at least this share counts: the constant over sqrt(D), but a quarter. With 4, points near
@@ -62,6 +65,7 @@ class LikelihoodFlow(Term):
         event: The event's shape.
         keys: (B, 2) int64 from `Hutchinson.keys`, of the probes.
         mixed: The variable of integration; None: that of the model's SDE and data_std.
+        ask: What answers for the network's value and divergence, of (x (B, D), t (B,), probes); None: the network.
     """
 
     def __init__(
@@ -71,12 +75,14 @@ class LikelihoodFlow(Term):
         event: torch.Size,
         keys: Tensor,
         mixed: MixedTime | None = None,
+        ask: Ask | None = None,
     ) -> None:
         self.model = model
         self.divergence = divergence
         self.event = event
         self.keys = keys
         self.mixed = mixed_time(model.sde, model.data_std) if mixed is None else mixed
+        self._ask = self._asked if ask is None else ask
         self._variance = model.data_std**2
 
     @property
@@ -106,7 +112,13 @@ class LikelihoodFlow(Term):
         return isinstance(self.divergence, Hutchinson) and not self.fresh and self.divergence.probes == 1
 
     def take(self, rows: Tensor) -> LikelihoodFlow:
-        return LikelihoodFlow(self.model.take(rows), self.divergence, self.event, self.keys[rows], self.mixed)
+        return self.around(self.model.take(rows), (self.keys[rows],))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.keys,)
+
+    def around(self, model: ScoreModel, parts: tuple[Tensor, ...], ask: Ask | None = None) -> LikelihoodFlow:
+        return LikelihoodFlow(model, self.divergence, self.event, parts[0], self.mixed, ask)
 
     def coordinate(self, t: Tensor) -> Tensor:
         return self.mixed.coordinate(t)
@@ -153,16 +165,13 @@ class LikelihoodFlow(Term):
     ) -> tuple[Tensor, Tensor, Tensor | None, Note | None]:
         """Output (B, D), traces (B, C) and fixed-probe product of `jacobian` (B,) times the network's Jacobian."""
 
-        def field(state: Tensor) -> Tensor:
-            return flatten(self.model.output(state.reshape(state.shape[0], *self.event), t))
-
         if self.divergence is None:
-            out = field(x)
+            out = self._field(x, t)
             return out, torch.zeros(x.shape[0], 0, dtype=torch.float64, device=x.device), None, None
         probes = None
         if isinstance(self.divergence, Hutchinson):
             probes = self.divergence.draw(self.keys, node, x.shape[1], x.dtype)
-        out, traces, products = self.divergence.evaluate(field, x, probes)
+        out, traces, products = self._ask(x, t, probes)
         traces = traces * jacobian[:, None]
         if probes is None or products is None or not isinstance(self.divergence, Hutchinson):
             return out, traces, None, None
@@ -173,6 +182,14 @@ class LikelihoodFlow(Term):
                 traces = torch.cat((traces[:, :count], traces[:, count:].mean(1, keepdim=True)), 1)
             return out, traces, None, note(probes[:count], products[:, :count])
         return out, traces, products[:, 0] if self.keeps_product else None, None
+
+    def _field(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, D) the network's own output at x (B, D)."""
+        return flatten(self.model.output(x.reshape(x.shape[0], *self.event), t))
+
+    def _asked(self, x: Tensor, t: Tensor, probes: Tensor | None) -> FieldValue:
+        assert self.divergence is not None  # else nothing is asked but the field
+        return self.divergence.evaluate(lambda state: self._field(state, t), x, probes)
 
     def watched(self, z: FlowState) -> Tensor:
         return z.u if self.fresh else torch.cat((z.u.double(), z.log_det), 1)

@@ -15,7 +15,8 @@ from ._tensor import all_finite, working
 from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
 from .errors import NetworkError
-from .integrate import Limits, check_limits, finish, integrate
+from .driver import Limits, check_limits
+from .integrate import finish, integrate
 from .model.score_model import ScoreModel
 from .recording import recorded, usable
 from .solution import Path, Solution, Stats, Status
@@ -176,7 +177,7 @@ def _played(
     ended = Status.DONE if through else played.stopped or (Status.RUNNING if tape.steps else Status.INTERRUPTED)
     each = torch.ones_like(indices)
     t = torch.full((len(indices),), played.t, dtype=torch.float64, device=x0.device)
-    stats = Stats(played.calls * each, played.steps * each, 0 * each, played.calls)
+    stats = Stats(played.calls * each, played.steps * each, 0 * each, played.calls, played.calls * len(indices))
     way = None
     if return_path:
         times = torch.tensor([at for at, _ in played.seen], dtype=torch.float64, device=x0.device)
@@ -209,4 +210,4 @@ def solve(
             return played
         vain = played
     found = integrate(term, solver, controller, x, t0, t1, path, indices=indices, **limits)
-    return found._replace(stats=found.stats._replace(calls=found.stats.calls + vain)) if vain else found
+    return found._replace(stats=found.stats.plus(vain, 0)) if vain else found

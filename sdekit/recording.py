@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ._checks import is_own
 from .controller import FixedGrid
 from .errors import SdekitError
-from .integrate import Limits, Problem, begin, drive
+from .driver import Limits, drive
+from .loop import Problem, begin
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .solution import Status

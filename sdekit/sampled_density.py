@@ -29,10 +29,13 @@ from ._tensor import working
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
 from .grid import MixedTime
-from .integrate import Outcome, Problem, begin, check_limits, drive, finish
+from .driver import Outcome, check_limits, drive
+from .integrate import finish
+from .loop import Problem, begin
 from .likelihood import probe_variance
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .model.score_model import ScoreModel
+from .runtime import Runtime
 from .sampling import draw_prior
 from .solution import Stats
 from .solver.base import Solver
@@ -90,6 +93,8 @@ def sample_log_prob(
     wall_time: float | None = None,
     progress: bool = False,
     throw: bool = True,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> SampledDensity:
     """Samples of the model's probability flow, each with its log density, a standard error and an error estimate.
 
@@ -111,6 +116,9 @@ def sample_log_prob(
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
+        runtime: How a step runs: "eager", "compile" (by torch's compiler, seconds once for every kind of solve), "graph"
+            (captured, on CUDA); "auto": "graph" on CUDA where it can be, else "eager". Results agree to rounding.
+        slots: How many samples are in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A SampledDensity; x is the state at t_min itself, not denoised: a denoised one has another density.
@@ -127,7 +135,7 @@ def sample_log_prob(
     numbers = require_indices(indices, sizes[0], where)
     latent = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
     method = choose_method(model, latent, divergence, tolerance, nodes, solver, controller)
-    limits = check_limits(max_evaluations, wall_time, progress)
+    limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)
     first = torch.full((sizes[0],), sde.t_max, dtype=torch.float64, device=where)
     if isinstance(method.controller, FixedGrid) and nodes is None:
         check_grid_ends(method.controller, first, torch.full_like(first, sde.t_min))
@@ -164,5 +172,5 @@ def _result(
     solver_error, _, status, arrived = judged(method, carry)
     values = log_prior - log_det, std_error, solver_error, log_prior, log_det
     log_prob, std_error, solver_error, log_prior, log_det = (torch.where(arrived, v, torch.nan) for v in values)
-    stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls)
+    stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls, outcome.paid)
     return SampledDensity(x, log_prob, std_error, solver_error, log_prior, log_det, latent, status, stats, last)

@@ -40,7 +40,9 @@ from .controller import FixedGrid
 from .divergence import require_traceable, vector_jacobian
 from .errors import NetworkError, SdekitWarning
 from .grid import likelihood as likelihood_grid
-from .integrate import Limits, Problem, begin, drive, finish
+from .driver import Limits, drive
+from .integrate import finish
+from .loop import Problem, begin
 from .model.score_model import ScoreModel
 from .sampling import default_solver, draw_prior, equation_of
 from .solution import Stats, Status
@@ -193,7 +195,7 @@ def _composed(
     """The maps of all legs after one another, with their determinants, and the error that stopped them, if one did."""
     none = torch.zeros(latent.shape[0], dtype=torch.int64, device=latent.device)
     t_max, error = torch.full_like(none, term.model.sde.t_max, dtype=torch.float64), None
-    way = _Way(latent, t_max, none + int(Status.DONE), 0.0 * t_max, none, Stats(none, none, none, 0))
+    way = _Way(latent, t_max, none + int(Status.DONE), 0.0 * t_max, none, Stats(none, none, none, 0, 0))
     try:
         for leg in tqdm(legs, disable=not progress, unit="map"):
             way, error = _walked(term, solver, leg, way)
@@ -231,6 +233,7 @@ def _walked(term: Term, solver: Solver, leg: FixedGrid, way: _Way) -> tuple[_Way
         before.accepted + carry.accepted * going,
         before.rejected + carry.rejected * going,
         before.calls + outcome.calls,
+        before.paid + outcome.paid,
     )
     way = _Way(moved.detach(), torch.where(going, term.time(carry.s), way.t), status, way.log_det, way.folds, stats)
     if outcome.error is not None or not bool((status == Status.DONE).any()):
@@ -244,9 +247,7 @@ def _denoised(model: ScoreModel, way: _Way) -> _Way:
         leaf = way.x.detach().requires_grad_()
         moved = model.data(leaf, model.sde.t_min)
     arrived = column(way.status == Status.DONE, moved)
-    stats = way.stats._replace(
-        evaluations=way.stats.evaluations + (way.status == Status.DONE), calls=way.stats.calls + 1
-    )
+    stats = way.stats.plus(1, way.status == Status.DONE)
     way = way._replace(x=torch.where(arrived > 0, moved.detach(), way.x), stats=stats)
     return _with_determinant(way, moved, leaf)
 

@@ -143,8 +143,7 @@ def _denoised(model: ScoreModel, solution: Solution) -> Solution:
             "interrupted before the last denoising step: x are the states at t_min.", PartialResultWarning, stacklevel=3
         )
         return solution._replace(status=status)
-    stats = solution.stats._replace(evaluations=solution.stats.evaluations + 1, calls=solution.stats.calls + 1)
-    return solution._replace(x=data, stats=stats)
+    return solution._replace(x=data, stats=solution.stats.plus(1))
 
 
 def encode(

@@ -54,12 +54,27 @@ class Stats(NamedTuple):
         accepted: (B,) int64 accepted steps.
         rejected: (B,) int64 rejected steps.
         calls: Network calls of the whole solve; samples of one call share it.
+        paid: Samples in all these calls together: evaluations computed, needed or not.
     """
 
     evaluations: Tensor
     accepted: Tensor
     rejected: Tensor
     calls: int
+    paid: int
+
+    def plus(self, calls: int, needed: Tensor | int = 1) -> Stats:
+        """These, and `calls` more of all samples, needed by those of `needed` (B,)."""
+        return self._replace(
+            evaluations=self.evaluations + calls * needed,
+            calls=self.calls + calls,
+            paid=self.paid + calls * len(self.evaluations),
+        )
+
+    @property
+    def useful(self) -> float:
+        """The share of the evaluations computed that some sample needed; 1 where none was computed."""
+        return float(self.evaluations.sum()) / self.paid if self.paid else 1.0
 
 
 class Path(NamedTuple):

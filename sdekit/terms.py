@@ -82,6 +82,17 @@ class Term(ABC):
     def take(self, rows: Tensor) -> Term:
         """This term for the samples `rows` only."""
 
+    def parts(self) -> tuple[Tensor, ...] | None:
+        """The (B, ...) tensors that belong to the samples, besides the model's; None: nobody knows which.
+
+        A term that says so, and has `around`, can be compiled and captured.
+        """
+        return None
+
+    def around(self, model: ScoreModel, parts: tuple[Tensor, ...]) -> Term:
+        """This equation around another model, for the samples to whom `parts` belong."""
+        raise TypeError(f"{type(self).__name__} does not say which tensors belong to its samples.")
+
     @property
     def has_density(self) -> bool:
         """Whether the term carries a log density, so that errors can be had in nats."""
@@ -135,6 +146,12 @@ class ProbabilityFlow(Term):
 
     def take(self, rows: Tensor) -> ProbabilityFlow:
         return ProbabilityFlow(self.model.take(rows))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def around(self, model: ScoreModel, parts: tuple[Tensor, ...]) -> ProbabilityFlow:
+        return ProbabilityFlow(model)
 
 
 class ReverseSDE(Term):
@@ -202,3 +219,9 @@ class ReverseSDE(Term):
 
     def take(self, rows: Tensor) -> ReverseSDE:
         return ReverseSDE(self.model.take(rows), self.eta)
+
+    def parts(self) -> tuple[Tensor, ...] | None:
+        return None if callable(self.eta) else ()  # a function of the user's own may keep a state
+
+    def around(self, model: ScoreModel, parts: tuple[Tensor, ...]) -> ReverseSDE:
+        return ReverseSDE(model, self.eta)

@@ -152,14 +152,15 @@ class Adams(Solver):
         shifted, usable = torch.cat((memory.nodes, s1[:, None]), 1), torch.cat((valid, void), 1)
         both = torch.cat((usable, known))
         weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
-        backward, forward = (weights * (both[:, :, None] & both[:, None, :])).chunk(2)
+        weights, batch = weights * (both[:, :, None] & both[:, None, :]), s0.shape[0]
+        backward, forward = weights[:batch], weights[batch:]
         predict = backward.sum(1)[:, :depth]
         predicted = tree_map(lambda state, past: state + _weighted(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
         # While it starts two nodes may coincide: what is not used must be zero, or a derivative meets its infinities.
         forward = torch.where(begun[:, None, None], forward, 0.0)
         correct = forward.sum(1)
-        last = torch.take_along_dim(forward, count[:, None, None].expand(-1, 1, depth + 1), 1)[:, 0]
+        last = forward.gather(1, count[:, None, None].expand(-1, 1, depth + 1))[:, 0]
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
         sums = tree_map(lambda past: _weighted(torch.stack((correct, last), 1), past), slopes)
         moved = tree_map(lambda state, total: state + total[:, 0], z, sums)

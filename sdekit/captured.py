@@ -1,0 +1,107 @@
+"""The step captured in a CUDA graph, network included: one launch, whatever is in it.
+
+A graph reads and writes the memory it was captured with. So the samples in work live in buffers of fixed shape; what
+enters is copied into them, and what leaves is copied out (`settled`). A smaller batch needs another graph: samples
+in work shrink by halves only, and who is done stays along until then.
+
+Not captured, with the reason: networks that ask something of the host in a call (a branch on a tensor, `.item()`), and
+what compiled.py does not take. A graph lives as long as the solve it was captured for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._tensor import leaves, rebuilt, tree_map
+from .compiled import CannotCompileError, having, kind, own_parts
+from .errors import NetworkError
+from .loop import Carry, Problem, advance
+from .model.score_model import ScoreModel
+from .solution import Status
+
+_WARM_UP = 2  # steps on a stream of their own before a capture, as torch asks for
+_LEAST = 8  # a batch smaller than that is not made smaller
+
+
+class Captured:
+    """The step of a batch of one size at a time.
+
+    Args:
+        problem: Of the samples in work.
+        carry: Theirs.
+
+    Raises:
+        CannotCompileError: With the reason.
+    """
+
+    def __init__(self, problem: Problem, carry: Carry) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capture(problem, carry)
+
+    @staticmethod
+    def possible(problem: Problem, carry: Carry) -> bool:
+        """Whether nothing is known to stand against it; asked where nobody asked for a graph."""
+        try:
+            kind(problem, carry)
+        except CannotCompileError:
+            return False
+        return True
+
+    def __call__(self, problem: Problem, carry: Carry) -> tuple[Carry, Tensor]:
+        if carry.s.shape[0] != self._carry.s.shape[0]:
+            self._capture(problem, carry)
+        elif carry is not self._carry:
+            self._enter(problem, carry)
+        assert self._graph is not None  # captured above
+        self._graph.replay()
+        return self._carry, self._left
+
+    def settled(self, carry: Carry) -> Carry:
+        return tree_map(torch.clone, carry) if carry is self._carry else carry
+
+    def size(self, needed: int, now: int) -> int:
+        return now // 2 if now >= 2 * _LEAST and needed <= now // 2 else now
+
+    def _enter(self, problem: Problem, carry: Carry) -> None:
+        """Copies samples into the buffers."""
+        for buffer, value in zip(_tensors(self._problem, self._carry), _tensors(problem, carry), strict=True):
+            buffer.copy_(value)
+
+    def _capture(self, problem: Problem, carry: Carry) -> None:
+        """Captures the step of a batch of this size, in buffers of its own."""
+        kind(problem, carry)  # raises for what is the user's own
+        own = tree_map(torch.clone, own_parts(problem))
+        model = problem.term.model
+        bound = {name: v.clone() if isinstance(v, Tensor) else v for name, v in model.bound.items()}
+        around = ScoreModel(model.net, model.sde, model.parameterization, model.data_std, bound)
+        self._problem, self._carry = having(problem, own, around), tree_map(torch.clone, carry)
+        self._left = torch.zeros((), dtype=torch.int64, device=carry.s.device)
+        stream = torch.cuda.Stream(carry.s.device)
+        stream.wait_stream(torch.cuda.current_stream(carry.s.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):  # kernels are chosen and small tables made; a network that fails, fails here
+                advance(self._problem, self._carry)
+        torch.cuda.current_stream(carry.s.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._in_place()
+        except NetworkError as error:
+            raise CannotCompileError(f"the network cannot be captured: {error}") from error
+        except RuntimeError as error:
+            raise CannotCompileError(f"the step cannot be captured: {str(error).splitlines()[0]}") from error
+        self._graph = graph
+
+    def _in_place(self) -> None:
+        """One step, written to where it was read from."""
+        after = advance(self._problem, self._carry)
+        for buffer, value in zip(leaves(self._carry), leaves(after), strict=True):
+            buffer.copy_(value)
+        self._left.copy_((after.status == Status.RUNNING).sum())
+
+
+def _tensors(problem: Problem, carry: Carry) -> list[Tensor]:
+    """All that a step reads and that belongs to its samples."""
+    bound = [value for value in problem.term.model.bound.values() if isinstance(value, Tensor)]
+    return [*own_parts(problem), *bound, *leaves(carry)]

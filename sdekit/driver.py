@@ -1,0 +1,226 @@
+"""Who repeats the step: until no sample runs, a limit is reached, or something from outside stops it.
+
+Between steps the driver asks who is finished, and finished samples leave. With `slots`, only so many samples are in
+work at a time and the next of the batch takes the place of one that leaves, so that solves of very different length
+waste nothing on samples that are done and the shapes stay what they are. Results depend on none of that.
+
+On a device the question is asked ahead: the count of running samples is copied without waiting, and the host goes on
+launching for a few steps before it needs the answer.
+"""
+
+from __future__ import annotations
+
+import time as clock
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ._checks import require_count, require_positive
+from ._tensor import leaves, put, take, tree_map
+from .errors import NetworkError
+from .loop import Carry, Problem
+from .runtime import Runtime, Step, require_runtime, stepper
+from .solution import Status
+
+_REFILL = 16  # with a queue, a 16th of the slots may be idle: taking samples out and in costs as much as a few of them
+_AHEAD = 4  # steps that the host may launch before it has to know how many samples run
+
+
+class Limits(NamedTuple):
+    """When to stop from outside, what to show and keep, and how to run.
+
+    Attributes:
+        max_evaluations: A sample, at most.
+        wall_time: Seconds at most; None for no limit.
+        progress: Whether to show a progress bar.
+        keep_path: Whether to keep the states on the way.
+        runtime: How a step runs.
+        slots: How many samples are in work at a time; None: all.
+    """
+
+    max_evaluations: int = 10_000
+    wall_time: float | None = None
+    progress: bool = False
+    keep_path: bool = False
+    runtime: Runtime = "auto"
+    slots: int | None = None
+
+
+def check_limits(
+    max_evaluations: int, wall_time: float | None, progress: bool, runtime: Runtime = "auto", slots: int | None = None
+) -> Limits:
+    """The limits of a solve, checked."""
+    require_count("max_evaluations", max_evaluations)
+    if wall_time is not None:
+        require_positive("wall_time", wall_time)
+    if slots is not None:
+        require_count("slots", slots)
+    require_runtime(runtime)
+    return Limits(max_evaluations, wall_time, progress, False, runtime, slots)
+
+
+class Outcome(NamedTuple):
+    """The final carry, what it cost, the error that stopped the solve, if one did, and the path.
+
+    Attributes:
+        carry: Of all samples.
+        calls: Network calls.
+        paid: Rows of all these calls together: evaluations computed, needed or not.
+        error: What stopped the solve, if something did.
+        seen: What every advance left: (accepted steps (B,), s (B,), z), where it was to be kept.
+    """
+
+    carry: Carry
+    calls: int
+    paid: int
+    error: NetworkError | None
+    seen: list[tuple[Tensor, Tensor, Any]]
+
+
+def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
+    """Repeats the step until no sample runs, a limit is reached, Ctrl-C is pressed or the network cannot be used."""
+    work, calls, paid = _Work(problem, carry, limits), 0, 0
+    error: NetworkError | None = None
+    stopped: Status | None = None
+    seen = [(carry.accepted, carry.s, carry.z)] if limits.keep_path else []
+    began = clock.monotonic()
+    start, span = float(carry.s.sum()), float((problem.s_end - carry.s).sum())
+    bar = tqdm(total=100.0, disable=not limits.progress, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+    try:
+        while work.goes_on():
+            if limits.wall_time is not None and clock.monotonic() - began >= limits.wall_time:
+                stopped = Status.TIME_LIMIT
+                break
+            size = work.advance()
+            calls += problem.solver.evaluations
+            paid += size * problem.solver.evaluations
+            if limits.progress or limits.keep_path:
+                here = work.all()
+            if limits.keep_path:
+                seen.append((here.accepted, here.s, here.z))
+            if limits.progress:
+                bar.update(100.0 * (float(here.s.sum()) - start) / span - bar.n if span else 0.0)
+    except NetworkError as caught:
+        error = caught
+    except KeyboardInterrupt:
+        stopped = Status.INTERRUPTED
+    finally:
+        bar.close()
+    whole = work.all()
+    if stopped is not None:
+        left = torch.where(whole.status == Status.RUNNING, int(stopped), whole.status)
+        whole = whole._replace(status=left)
+    return Outcome(whole, calls, paid, error, seen)
+
+
+class _Work:
+    """The samples in work, taken from the whole, and those that wait for their place.
+
+    Attributes:
+        carry: Of those in work.
+        rows: (b,) which of the whole these are; None: all of it.
+        queue: Those that wait.
+    """
+
+    def __init__(self, problem: Problem, carry: Carry, limits: Limits) -> None:
+        self._problem, self._whole = problem, carry
+        self.rows: Tensor | None = None
+        self.queue = carry.status.new_zeros(0)
+        self._narrow, self.carry = problem, carry
+        self._owned = limits.slots is not None and limits.slots < carry.s.shape[0]  # then written to in place
+        if self._owned:
+            waiting = (carry.status == Status.RUNNING).nonzero().squeeze(1)
+            self._whole = tree_map(torch.clone, carry)
+            self.rows, self.queue = waiting[: limits.slots], waiting[limits.slots :]
+            self._narrow, self.carry = problem.take(self.rows), take(carry, self.rows)
+        self._step: Step = stepper(limits.runtime, self._narrow, self.carry)
+        self._poll = _Poll(carry.s.device)
+        self._poll.ask((self.carry.status == Status.RUNNING).sum())
+
+    def goes_on(self) -> bool:
+        """Whether there is something to do; who is finished leaves, and who waits takes the place."""
+        count = self._poll.answer()
+        if count is None:
+            return True
+        size, waiting = self.carry.s.shape[0], len(self.queue)
+        if count == 0 and not waiting:
+            return False
+        if waiting:
+            if size - count >= max(1, size // _REFILL):
+                self._turn_over(self._step.size(min(size, count + waiting), size))
+        elif (smaller := self._step.size(count, size)) < size:
+            self._turn_over(smaller)
+        return True
+
+    def advance(self) -> int:
+        """One step of those in work; how many they are."""
+        size = self.carry.s.shape[0]
+        self.carry, left = self._step(self._narrow, self.carry)
+        self._poll.ask(left)
+        return size
+
+    def all(self) -> Carry:
+        """The carry of all samples."""
+        carry = self._step.settled(self.carry)
+        return carry if self.rows is None else put(self._whole, self.rows, carry)
+
+    def _turn_over(self, size: int) -> None:
+        """Lets those who are done go, and as many enter that `size` are in work: some who are done, if need be."""
+        carry = self._step.settled(self.carry)
+        running = carry.status == Status.RUNNING
+        order = torch.argsort(running, descending=True, stable=True)  # those who run first
+        count = int(running.sum())
+        entering = self.queue[: size - count]
+        staying = order[: size - len(entering)]
+        rows = staying if self.rows is None else self.rows[staying]
+        if self._owned:
+            assert self.rows is not None  # where there is a queue, those in work have been told from it
+            for leaf, part in zip(leaves(self._whole), leaves(carry), strict=True):
+                leaf.index_copy_(0, self.rows, part)  # and again if an interrupt comes between: the same is written
+            whole, rows = self._whole, torch.cat((rows, entering))
+            narrowed = take(whole, rows)
+        else:
+            whole, narrowed = self.all(), take(carry, staying)
+        state = whole, rows, self.queue[len(entering) :], self._problem.take(rows), narrowed
+        self._whole, self.rows, self.queue, self._narrow, self.carry = state  # an interrupt finds all of it or none
+        self._poll.forget()
+        self._poll.ask((narrowed.status == Status.RUNNING).sum())
+
+
+class _Poll:
+    """How many samples run, asked of a device without waiting for what it has been given to do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
+
+    def ask(self, count: Tensor) -> None:
+        """Asks for `count`, a number on the device."""
+        if self._device.type != "cuda":
+            self._asked.append((None, count))
+            return
+        copied = torch.empty((), dtype=count.dtype, pin_memory=True)
+        copied.copy_(count, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._asked.append((event, copied))
+
+    def answer(self) -> int | None:
+        """The newest count that is known; None if none is, and the host need not wait for one yet."""
+        count = None
+        while self._asked:
+            event, copied = self._asked[0]
+            if event is not None and not event.query():
+                if len(self._asked) <= _AHEAD:
+                    break
+                event.synchronize()
+            self._asked.popleft()
+            count = int(copied)
+        return count
+
+    def forget(self) -> None:
+        """Drops what was asked of samples that are not in work any more."""
+        self._asked.clear()

@@ -1,0 +1,92 @@
+"""The one loop's step: advance(carry) -> carry.
+
+`advance` is pure: tensors in, tensors out, fixed shapes, no `.item()`, no branch on a tensor. It proposes a step for
+every sample, judges each on its own, and commits by mask. Whoever repeats it (driver.py) asks between steps who is
+finished; results do not depend on when, nor on who else is in the batch. So the same step runs eagerly, compiled or
+captured in a graph (runtime.py), on samples that come and go.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._tensor import all_finite, select
+from .brownian import BrownianPath
+from .controller import Controller, Step
+from .solution import Status
+from .solver.base import Solver
+from .terms import Term
+
+
+class Carry(NamedTuple):
+    """Everything that evolves, (B, ...) tensors."""
+
+    s: Tensor
+    z: Any
+    memory: Any
+    control: Any
+    status: Tensor
+    evaluations: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+class Problem(NamedTuple):
+    """What stays: the equation, the method, the judge, where to end, the noise, the budget."""
+
+    term: Term
+    solver: Solver
+    controller: Controller
+    s_end: Tensor
+    path: BrownianPath | None
+    max_evaluations: int
+
+    def take(self, rows: Tensor) -> Problem:
+        """The problem of the samples `rows` only."""
+        path = None if self.path is None else self.path.take(rows)
+        return self._replace(term=self.term.take(rows), s_end=self.s_end[rows], path=path)
+
+
+def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
+    """The carry at the start; samples that are not finite have failed already, those at the end have arrived."""
+    status = torch.where(all_finite(z0), int(Status.RUNNING), int(Status.NOT_FINITE))
+    status = torch.where((status == Status.RUNNING) & (s0 == problem.s_end), int(Status.DONE), status)
+    if problem.solver.evaluations > problem.max_evaluations:  # not even the first advance is within the budget
+        status = torch.where(status == Status.RUNNING, int(Status.BUDGET), status)
+    none = torch.zeros_like(status)
+    memory = problem.solver.init(problem.term, z0)
+    return Carry(s0, z0, memory, problem.controller.start(problem.term, s0, problem.s_end), status, none, none, none)
+
+
+def advance(problem: Problem, carry: Carry) -> Carry:
+    """One step for every running sample: propose, judge, commit by mask."""
+    term, solver, controller, s_end, path, budget = problem
+    running = carry.status == Status.RUNNING
+    ready = solver.ready(carry.memory)
+    s1 = torch.where(running, controller.target(carry.s, s_end, carry.control), carry.s)
+    proposal = solver.propose(term, carry.s, s1, carry.z, carry.memory, path)
+    finite = all_finite(proposal.z)
+    verdict = controller.judge(term, solver, proposal, Step(carry.s, s1, carry.z, finite), s_end, carry.control)
+    accept, failed, judged, reached = verdict.accept, verdict.failed, running, s1
+    if ready is not None:  # a start in place is not a step: nothing to judge but whether it is finite
+        accept, failed = torch.where(ready, accept, finite), torch.where(ready, failed, ~finite)
+        judged, reached = running & ready, torch.where(ready, s1, carry.s)
+    accept, failed = accept & running, failed & running
+    evaluations = carry.evaluations + running * solver.evaluations
+    status = torch.where(accept & (reached == s_end), int(Status.DONE), carry.status)
+    failure = torch.where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
+    status = torch.where(failed, failure, status)
+    spent = (status == Status.RUNNING) & (evaluations + solver.evaluations > budget)
+    return Carry(
+        torch.where(accept, reached, carry.s),
+        select(accept, proposal.z, carry.z),
+        select(accept, proposal.memory, carry.memory),
+        select(judged, verdict.state, carry.control),
+        torch.where(spent, int(Status.BUDGET), status),
+        evaluations,
+        carry.accepted + (accept & judged),
+        carry.rejected + (judged & ~accept),
+    )
