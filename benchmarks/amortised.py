@@ -32,11 +32,12 @@ import sdekit
 from sdekit import _random
 from sdekit.controller import Nats
 from sdekit.divergence import Exact, Hutchinson
+from sdekit.driver import Limits, drive
 from sdekit.grid import MixedTime, mixed_time
-from sdekit.integrate import Limits, Problem, begin, drive
 from sdekit.ledger import Note
 from sdekit.likelihood import density
 from sdekit.likelihood_flow import LikelihoodFlow
+from sdekit.loop import Problem, begin
 from sdekit.model.nets import MLP
 from sdekit.solver.adams import Adams
 from sdekit.zoo import digits as zoo

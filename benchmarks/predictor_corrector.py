@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import sdekit
-from sdekit.sampling import draw_prior
+from sdekit.prior import draw_prior
 
 from .common import Report, arguments
 from .work_precision import GRIDS, Law, distances, laws, solve

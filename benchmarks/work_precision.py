@@ -24,7 +24,7 @@ from tqdm import tqdm
 import sdekit
 from sdekit.divergence import Hutchinson
 from sdekit.likelihood_flow import LikelihoodFlow
-from sdekit.sampling import draw_prior
+from sdekit.prior import draw_prior
 
 from .common import RESULTS, Goal, Report, Table, arguments, cached, digest
 from .problems import Mixture, digits, exact_problems, learned

@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tensor import leaves, rebuilt, tree_map
-from .compiled import CannotCompileError, having, kind, own_parts
+from ._tensor import leaves, tree_map
 from .errors import NetworkError
 from .loop import Carry, Problem, advance
 from .model.score_model import ScoreModel
+from .parts import CannotCompileError, having, kind, own_parts
 from .solution import Status
 
 _WARM_UP = 2  # steps on a stream of their own before a capture, as torch asks for
@@ -77,7 +77,7 @@ class Captured:
         around = ScoreModel(model.net, model.sde, model.parameterization, model.data_std, bound)
         self._problem, self._carry = having(problem, own, around), tree_map(torch.clone, carry)
         self._left = torch.zeros((), dtype=torch.int64, device=carry.s.device)
-        stream = torch.cuda.Stream(carry.s.device)
+        stream = torch.cuda.Stream(carry.s.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(carry.s.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):  # kernels are chosen and small tables made; a network that fails, fails here

@@ -155,15 +155,19 @@ class Hutchinson(Divergence):
     def evaluate(self, field: Field, x: Tensor, probes: Tensor | None) -> FieldValue:
         if probes is None:
             raise ValueError("probes=None; Hutchinson needs its probes.")
-        vectors = probes.reshape(-1, *x.shape)
+        value, pushed = self.push(field, x, probes.reshape(-1, *x.shape))
+        products = pushed.flatten(2)
+        return FieldValue(value, traces_of(probes, products), products.transpose(0, 1))
+
+    def push(self, field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The field's value at `x` (B, *event), and the products (P, B, *event) of P vectors with its Jacobian."""
         graph = _keeps_graph(x)  # then by vjp: the forward rules of many kernels cannot be differentiated again
-        result = _forward_mode(field, x, vectors) if self.mode == "jvp" and not graph else None
-        if result is None:
-            out, leaf = _traced(field, x)
-            result = out if graph else out.detach(), vector_jacobian(out, leaf, vectors, False, graph)
-        products = result[1].flatten(2)
-        traces = (probes * products).sum(2, dtype=torch.float64).T
-        return FieldValue(result[0], traces, products.transpose(0, 1))
+        if self.mode == "jvp" and not graph:
+            result = _forward_mode(field, x, vectors)
+            if result is not None:
+                return result
+        out, leaf = _traced(field, x)
+        return out if graph else out.detach(), vector_jacobian(out, leaf, vectors, False, graph)
 
     @staticmethod
     def keys(seed: int, indices: Tensor) -> Tensor:
@@ -191,6 +195,11 @@ class Hutchinson(Divergence):
             return torch.cat((drawn, axes[:, None, :].expand(-1, drawn.shape[1], -1)))
         control = law(keys[:, 1], still, size, dtype)
         return torch.cat((drawn, control[None]))
+
+
+def traces_of(probes: Tensor, products: Tensor) -> Tensor:
+    """(B, P) float64 v . w of probes and products (P, B, D)."""
+    return (probes * products).sum(2, dtype=torch.float64).T
 
 
 def default_divergence(size: int, fresh: bool = True) -> Divergence:

@@ -204,7 +204,7 @@ class _Poll:
             return
         copied = torch.empty((), dtype=count.dtype, pin_memory=True)
         copied.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._asked.append((event, copied))
 
@@ -213,7 +213,7 @@ class _Poll:
         count = None
         while self._asked:
             event, copied = self._asked[0]
-            if event is not None and not event.query():
+            if event is not None and not event.query():  # type: ignore[no-untyped-call]
                 if len(self._asked) <= _AHEAD:
                     break
                 event.synchronize()

@@ -73,9 +73,9 @@ def integrate(
         progress: Show a progress bar.
         throw: Raise if a sample does not arrive; else read `status`.
         return_path: Keep the states of all accepted steps, as the solution's `path`.
-        runtime: How a step runs: "eager", "compile" (by torch's compiler, seconds once for every kind of solve), "graph"
-            (captured, on CUDA); "auto": "graph" on CUDA where it can be, else "eager". Results agree to rounding.
-        slots: How many samples are in work at a time, the next entering when one is done; None: all.
+        runtime: How a step runs: "eager", "compile" (by torch's compiler: seconds once for a kind of solve), "graph"
+            (on CUDA), or "auto": "graph" where it can be, else "eager". Results agree to rounding.
+        slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:
         x, the time reached, status and cost of each sample.

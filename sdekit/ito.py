@@ -34,7 +34,7 @@ from ._tensor import column, dot
 from .brownian import IndependentIncrements
 from .model.parameterization import Data, Noise
 from .model.score_model import ScoreModel
-from .sampling import draw_prior
+from .prior import draw_prior
 
 
 class ItoDensity(NamedTuple):

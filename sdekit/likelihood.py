@@ -34,13 +34,13 @@ from ._tensor import working
 from .budget import Ends
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
+from .driver import Outcome, check_limits, drive
 from .ends import MISMATCH_EVALUATIONS, End, Entry, enter_data, mismatch
 from .errors import NetworkError, PartialResultWarning, SmoothnessWarning, SolveError
-from .driver import Outcome, check_limits, drive
 from .integrate import finish
-from .loop import Problem, begin
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
+from .loop import Problem, begin
 from .model.score_model import ScoreModel
 from .runtime import Runtime
 from .solution import LogLikelihood, Stats, Status
@@ -97,9 +97,9 @@ def log_likelihood(
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
-        runtime: How a step runs: "eager", "compile" (by torch's compiler, seconds once for every kind of solve), "graph"
-            (captured, on CUDA); "auto": "graph" on CUDA where it can be, else "eager". Results agree to rounding.
-        slots: How many samples are in work at a time, the next entering when one is done; None: all.
+        runtime: How a step runs: "eager", "compile" (by torch's compiler: seconds once for a kind of solve), "graph"
+            (on CUDA), or "auto": "graph" where it can be, else "eager". Results agree to rounding.
+        slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A LogLikelihood; every field per sample.
@@ -188,7 +188,9 @@ def _result(
     values = state.log_det[:, : term.values]
     nothing = torch.full_like(log_prior, math.nan)
     log_prob = torch.where(arrived, log_prior + log_det, nothing)
-    stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls, outcome.paid).plus(entry.evaluations)
+    stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls, outcome.paid).plus(
+        entry.evaluations
+    )
     return LogLikelihood(
         log_prob,
         torch.where(arrived, variance.sqrt(), nothing),

@@ -164,7 +164,6 @@ class LikelihoodFlow(Term):
         self, x: Tensor, t: Tensor, node: Tensor, jacobian: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Note | None]:
         """Output (B, D), traces (B, C) and fixed-probe product of `jacobian` (B,) times the network's Jacobian."""
-
         if self.divergence is None:
             out = self._field(x, t)
             return out, torch.zeros(x.shape[0], 0, dtype=torch.float64, device=x.device), None, None

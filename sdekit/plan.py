@@ -31,7 +31,8 @@ from .grid import likelihood, mixed_time
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
-from .sampling import default_solver, draw_prior
+from .prior import draw_prior
+from .sampling import default_solver
 from .solution import Status
 from .solver.adams import Adams
 from .solver.base import Solver

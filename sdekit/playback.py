@@ -14,11 +14,12 @@ from ._fit import check_method
 from ._tensor import all_finite, working
 from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
-from .errors import NetworkError
 from .driver import Limits, check_limits
+from .errors import NetworkError
 from .integrate import finish, integrate
 from .model.score_model import ScoreModel
 from .recording import recorded, usable
+from .runtime import Runtime
 from .solution import Path, Solution, Stats, Status
 from .solver.base import Solver
 from .tape import Draw, Tape, added
@@ -151,13 +152,16 @@ def _played(
     progress: bool,
     throw: bool,
     return_path: bool,
+    runtime: Runtime,
+    slots: int | None,
 ) -> Solution | int:
     """As `integrate` from the grid's first time to its last; the calls made in vain where the loop has to do it.
 
     That is where the solve cannot be recorded, where the budget does not reach, and where a state came out not finite:
     the loop says where.
     """
-    if not usable(solver, controller, term) or x0.numel() == 0:
+    limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)._replace(keep_path=return_path)
+    if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None:
         return 0
     began = clock.monotonic()
     try:
@@ -166,7 +170,6 @@ def _played(
         tape = Tape((), (), 0)
     if tape is None or tape.calls > max_evaluations:
         return 0
-    limits = check_limits(max_evaluations, wall_time, progress)._replace(keep_path=return_path)
     start = float(controller.times[0])
     with torch.inference_mode(False), torch.no_grad():
         played = play(tape, term.model, working(x0), path, start, limits, began)

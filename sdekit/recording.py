@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from ._checks import is_own
 from .controller import FixedGrid
-from .errors import SdekitError
 from .driver import Limits, drive
-from .loop import Problem, begin
+from .errors import SdekitError
 from .likelihood_flow import LikelihoodFlow
+from .loop import Problem, begin
 from .model.score_model import ScoreModel
 from .solution import Status
 from .solver.base import Solver

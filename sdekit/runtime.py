@@ -1,9 +1,8 @@
 """How a step runs: eagerly, compiled, or captured in a CUDA graph. The numbers are the same, to rounding.
 
     eager     operation by operation: begins at once, and takes any equation, solver and network
-    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the overhead
-    graph     one launch for the whole step, network included (captured.py): CUDA only; of the compiled step where it
-              has been compiled before, of the eager one else
+    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost
+    graph     one launch for the whole step, network included (captured.py): CUDA only
 
 What cannot be run as asked is run eagerly, with a warning that says why.
 """
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from .captured import Captured
-from .compiled import CannotCompileError, Program, compiled, step
+from .compiled import compiled, step
 from .errors import SdekitWarning
 from .loop import Carry, Problem, advance
+from .parts import CannotCompileError
 from .solution import Status
+from .tracing import Program
 
 Runtime = Literal["auto", "eager", "compile", "graph"]
 

@@ -28,15 +28,15 @@ from ._method import Method, check_forward_mode, choose_method, judged, warn_loo
 from ._tensor import working
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
-from .grid import MixedTime
 from .driver import Outcome, check_limits, drive
+from .grid import MixedTime
 from .integrate import finish
-from .loop import Problem, begin
 from .likelihood import probe_variance
 from .likelihood_flow import FlowState, LikelihoodFlow
+from .loop import Problem, begin
 from .model.score_model import ScoreModel
+from .prior import draw_prior
 from .runtime import Runtime
-from .sampling import draw_prior
 from .solution import Stats
 from .solver.base import Solver
 from .units import Affine, bits_per_dim
@@ -116,9 +116,9 @@ def sample_log_prob(
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
-        runtime: How a step runs: "eager", "compile" (by torch's compiler, seconds once for every kind of solve), "graph"
-            (captured, on CUDA); "auto": "graph" on CUDA where it can be, else "eager". Results agree to rounding.
-        slots: How many samples are in work at a time, the next entering when one is done; None: all.
+        runtime: How a step runs: "eager", "compile" (by torch's compiler: seconds once for a kind of solve), "graph"
+            (on CUDA), or "auto": "graph" where it can be, else "eager". Results agree to rounding.
+        slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A SampledDensity; x is the state at t_min itself, not denoised: a denoised one has another density.

@@ -38,13 +38,14 @@ from ._fit import check_grid_ends, check_method
 from ._tensor import column, flatten, working
 from .controller import FixedGrid
 from .divergence import require_traceable, vector_jacobian
+from .driver import Limits, drive
 from .errors import NetworkError, SdekitWarning
 from .grid import likelihood as likelihood_grid
-from .driver import Limits, drive
 from .integrate import finish
 from .loop import Problem, begin
 from .model.score_model import ScoreModel
-from .sampling import default_solver, draw_prior, equation_of
+from .prior import draw_prior
+from .sampling import default_solver, equation_of
 from .solution import Stats, Status
 from .solver.base import Solver
 from .terms import Term

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _random
 from ._checks import (
     choose_device,
     require_batch,
@@ -25,7 +24,6 @@ from ._checks import (
     require_seed,
     require_shape,
 )
-from ._random import Stream
 from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
 from .controller import PID, Controller, FixedGrid
@@ -34,6 +32,8 @@ from .grid import likelihood as likelihood_grid
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
+from .prior import draw_prior
+from .runtime import Runtime
 from .sde.base import as_time
 from .solution import Solution, Status
 from .solver.adams import Adams
@@ -44,10 +44,9 @@ from .terms import ProbabilityFlow, ReverseSDE, Term
 
 _FLOW_STEPS = 32  # of the default grid, eta = 0
 _SDE_STEPS = 100  # of the default grid, eta > 0
-Eta = float | Callable[[Tensor], Tensor]
-
 _ORDERS = ((11, 3), (20, 4))  # of Adams by the steps of a grid, 5 beyond: docs/decisions, default sampler
 _TOLERANCE = 1e-6  # of encode and decode, relative and absolute
+Eta = float | Callable[[Tensor], Tensor]
 
 
 def sample(
@@ -68,6 +67,8 @@ def sample(
     progress: bool = False,
     throw: bool = True,
     return_path: bool = False,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> Solution:
     """Samples of the model.
 
@@ -90,6 +91,9 @@ def sample(
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails; else read `status`.
         return_path: Keep the states of all steps, from t_max to t_min, as the solution's `path`.
+        runtime: How a step runs: "eager", "compile" (by torch's compiler: seconds once for a kind of solve), "graph"
+            (on CUDA), or "auto": "graph" where it can be, else "eager". Results agree to rounding.
+        slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A Solution: `x` (n, *event), status and cost per sample.
@@ -125,6 +129,8 @@ def sample(
             progress=progress,
             throw=throw,
             return_path=return_path,
+            runtime=runtime,
+            slots=slots,
         )
         if not denoise or sizes[0] == 0:
             return solution
@@ -157,6 +163,8 @@ def encode(
     wall_time: float | None = None,
     progress: bool = False,
     throw: bool = True,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> Solution:
     """The latents of `x`: where the probability flow carries it from t_min to t_max.
 
@@ -170,6 +178,8 @@ def encode(
         wall_time: Seconds at most; what there is is returned with a warning.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails; else read `status`.
+        runtime: As in `sample`.
+        slots: As in `sample`.
 
     Returns:
         A Solution whose `x` are the latents, the shape and dtype of `x`.
@@ -184,6 +194,8 @@ def encode(
         wall_time=wall_time,
         progress=progress,
         throw=throw,
+        runtime=runtime,
+        slots=slots,
     )
 
 
@@ -198,6 +210,8 @@ def decode(
     wall_time: float | None = None,
     progress: bool = False,
     throw: bool = True,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> Solution:
     """The data of latents `z`: the inverse of `encode`, from t_max to t_min. Arguments as there."""
     return _transport(
@@ -206,15 +220,9 @@ def decode(
         wall_time=wall_time,
         progress=progress,
         throw=throw,
+        runtime=runtime,
+        slots=slots,
     )
-
-
-def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Draws of the prior keyed by (seed, index): (n, *event) in `dtype`, on the device of `indices`."""
-    size = torch.Size(shape[1:]).numel()
-    keys = _random.sample_keys(seed, Stream.PRIOR, indices)
-    drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64)
-    return (drawn * model.sde.prior_std).reshape(shape).to(dtype)
 
 
 def _controller(model: ScoreModel, controller: Controller | None, steps: int | None, forward: bool) -> Controller:
@@ -268,13 +276,14 @@ def _transport(
     wall_time: float | None,
     progress: bool,
     throw: bool,
+    runtime: Runtime,
+    slots: int | None,
 ) -> Solution:
     """The probability flow of `x` from t0 to t1."""
     require_batch("x", x)
     require_same_device(model, x)
     require_deterministic(model)
-    chosen = solver if solver is not None else default_solver(0.0, steps)
-    numbers = require_indices(None, x.shape[0], x.device)
+    chosen, numbers = solver or default_solver(0.0, steps), require_indices(None, x.shape[0], x.device)
     if chosen.equation == "reverse" or chosen.draws:
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
     term = equation_of(model, chosen, 0.0, x)
@@ -286,4 +295,6 @@ def _transport(
             progress=progress,
             throw=throw,
             return_path=False,
+            runtime=runtime,
+            slots=slots,
         )

@@ -341,7 +341,7 @@ class TestFailures:
         def work(part, rows):
             if int(rows[0]) >= stop:
                 raise RuntimeError("the disk is full")
-            return Stats(rows, rows, rows, 1)
+            return Stats(rows, rows, rows, 1, len(rows))
 
         x, stop = draw(1, 6, 3), 4
         with pytest.raises(sdekit.SolveError, match="the disk is full 2 of 6") as caught:
@@ -377,7 +377,7 @@ class TestFailures:
         (lambda part, rows: part, torch.tensor(1.0), {}, TypeError, r"shape \(\)"),
         (lambda part, rows: part, torch.ones(3, 2), {"chunk": 0}, ValueError, "chunk=0"),
         (lambda part, rows: part.sum(), torch.ones(3, 2), {"chunk": 2}, ValueError, r"shape \(\) for 2 samples"),
-        (lambda part, rows: Stats(part, part, part[:1], 1), torch.ones(3, 2), {"chunk": 2}, ValueError, "rejected"),
+        (lambda part, rows: Stats(part, part, part[:1], 1, 2), torch.ones(3, 2), {"chunk": 2}, ValueError, "rejected"),
     ],
 )
 def test_what_does_not_fit_is_refused(function, x, options, error, message):

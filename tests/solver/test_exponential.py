@@ -11,7 +11,7 @@ from helpers import SDES, Function, Given, draw, gaussian, mixture, observed_ord
 from scipy.integrate import quad
 
 import sdekit
-from sdekit.sampling import draw_prior
+from sdekit.prior import draw_prior
 from sdekit.solver import semilinear
 from sdekit.solver.start import CORRECTED, EXPLICIT, held
 

@@ -1,0 +1,18 @@
+"""Where sampling begins: draws of the prior, keyed per sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _random
+from ._random import Stream
+from .model.score_model import ScoreModel
+
+
+def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Draws of the prior keyed by (seed, index): (n, *event) in `dtype`, on the device of `indices`."""
+    size = torch.Size(shape[1:]).numel()
+    keys = _random.sample_keys(seed, Stream.PRIOR, indices)
+    drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64)
+    return (drawn * model.sde.prior_std).reshape(shape).to(dtype)
