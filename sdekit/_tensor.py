@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Tree = TypeVar("Tree")
 
@@ -42,6 +43,38 @@ def rebuilt(tree: Tree, parts: Sequence[Tensor]) -> Tree:
     """The tree with other tensors in the place of its own, in the order of `leaves`."""
     following = iter(parts)
     return tree_map(lambda leaf: next(following), tree)
+
+
+_constants: dict[tuple[Any, ...], Tensor] = {}
+_copies: Any = WeakTensorKeyDictionary()
+
+
+def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor of numbers, made once on each device: what is copied there in every step would be waited for.
+
+    Not to be written to.
+    """
+    key = (tuple(values), dtype, device)
+    if key in _constants:
+        return _constants[key]
+    made = torch.tensor(values, dtype=dtype, device=device)
+    if type(made) is Tensor and not made.is_inference():  # not one without contents, of a trace
+        _constants[key] = made
+    return made
+
+
+def there(table: Tensor, device: torch.device) -> Tensor:
+    """A table on a device, copied once."""
+    if table.device == device:
+        return table
+    copies = _copies.setdefault(table, {})
+    if device not in copies:
+        copied = table.to(device)
+        if type(copied) is not Tensor or copied.is_inference():
+            return copied
+        copies[device] = copied
+    found: Tensor = copies[device]
+    return found
 
 
 def column(value: Tensor, like: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ class Nats(Controller):
         ratio = ratio * torch.where(proposal.settled, 1.0, self._RAMP)
         ratio = ratio * torch.exp(-math.log(4.0) * (over // self._RELAX_EVERY).double())
         finite = torch.isfinite(ratio) & step.finite
-        at_floor = length <= self._FLOOR
+        at_floor = length <= 1.001 * self._FLOOR  # of s1 - s0, which is rounded
         accept = finite & ((ratio <= 2.0) | at_floor)
         power = -1.0 / ((solver.error_order or solver.order) + 0.5)
         factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)

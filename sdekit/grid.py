@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ._checks import is_own, require_count, require_positive
+from ._tensor import there
 from .sde.base import SDE
 
 _SPREAD = 2.0  # the saturating half turns at sigma/alpha = 2 sd ...
@@ -72,7 +73,7 @@ class MixedTime:
     def log_ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """q = log(sigma/alpha) at `s` and dq/ds there, by a table and one Newton step, without a branch."""
         s = 1.0 - s if self.downward else s
-        table_s, table_q = self._table_s.to(s.device), self._table_q.to(s.device)
+        table_s, table_q = there(self._table_s, s.device), there(self._table_q, s.device)
         right = torch.searchsorted(table_s, s.contiguous()).clamp_(1, _TABLE - 1)
         left_s = table_s[right - 1]
         q = table_q[right - 1] + self._spacing * (s - left_s) / (table_s[right] - left_s)

@@ -133,7 +133,8 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
         blank = torch.zeros((_EXAMPLE, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
         open_size: Any = StatelessSymbolicContext([DimDynamic.DUCK] + [DimDynamic.STATIC] * (leaf.dim() - 1))
         examples.append(mode.from_tensor(blank, symbolic_context=open_size, source=ConstantSource(f"given{number}")))
-    graph = make_fx(flat, _allow_non_fake_inputs=True)(*examples)
+    with mode:
+        graph = make_fx(flat, _allow_non_fake_inputs=True)(*examples)
     batch: Any = examples[0].shape[0]
     if shapes.guards or type(batch) is int:
         raise CannotCompileError("its operations depend on the number of samples")

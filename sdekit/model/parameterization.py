@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .._checks import require_positive
+from .._tensor import constant
 from ..sde.base import SDE
 
 Label: TypeAlias = Callable[[SDE, Tensor], Tensor]
@@ -98,7 +99,7 @@ def time_of_label(meaning: Label, sde: SDE, label: Tensor) -> Tensor:
     """
     if isinstance(meaning, (TimeLabel, LogSigmaLabel)):
         return sde.clamp(meaning.time_of(sde, label.double()))
-    ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=label.device)
+    ends = constant((sde.t_min, sde.t_max), torch.float64, label.device)
     first, last = meaning(sde, ends)
     low, high = (sde.half_log_snr(end).expand_as(label) for end in ends)
     for _ in range(60):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._checks import require_count, require_times
+from .._tensor import there
 from .base import SDE, as_time, check_beta_range
 
 
@@ -246,7 +247,7 @@ class TableVPSDE(SDE):
 
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Interpolated log alpha and its slope in t."""
-        knots = self._knots.to(t.device)
+        knots = there(self._knots, t.device)
         place = t * len(self.betas) - 1.0
         left = place.floor().clamp(0, len(self.betas) - 2).long()
         slope = knots[left + 1] - knots[left]
@@ -267,7 +268,7 @@ class TableVPSDE(SDE):
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         target = _log_alpha_at(as_time(half_log_snr))
-        knots = self._knots.to(target.device)
+        knots = there(self._knots, target.device)
         right = torch.searchsorted(-knots, -target.contiguous()).clamp(1, len(self.betas) - 1)
         span = knots[right] - knots[right - 1]
         return (right + (target - knots[right - 1]) / span) / len(self.betas)

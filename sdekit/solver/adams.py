@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._tensor import select, tree_map
+from .._tensor import constant, select, tree_map
 from ..brownian import BrownianPath
 from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
@@ -65,8 +65,8 @@ def newton_weights(nodes: Tensor, valid: Tensor, start: Tensor, end: Tensor) -> 
     """
     count = nodes.shape[1]
     middle, half = 0.5 * (start + end), 0.5 * (end - start)
-    points = torch.tensor([-_POINTS[1], -_POINTS[0], _POINTS[0], _POINTS[1]], dtype=torch.float64, device=nodes.device)
-    rule = torch.tensor([_WEIGHTS[1], _WEIGHTS[0], _WEIGHTS[0], _WEIGHTS[1]], dtype=torch.float64, device=nodes.device)
+    points = constant((-_POINTS[1], -_POINTS[0], _POINTS[0], _POINTS[1]), torch.float64, nodes.device)
+    rule = constant((_WEIGHTS[1], _WEIGHTS[0], _WEIGHTS[0], _WEIGHTS[1]), torch.float64, nodes.device)
     x = middle[:, None] + half[:, None] * points
     factors = (x[:, :, None] - nodes[:, None, :]).cumprod(2)  # (B, 4, K): products over i <= o
     lower = torch.cat((torch.ones_like(factors[:, :, :1]), factors[:, :, :-1]), 2)

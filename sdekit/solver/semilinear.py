@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensor import column
+from .._tensor import column, constant
 from ..sde.base import SDE
 from ..terms import ReverseSDE, Term
 
@@ -34,12 +34,16 @@ _TAYLOR_BELOW = 0.5
 _TAYLOR_TERMS = 16
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1)
+def _rule() -> tuple[list[float], list[float]]:
+    nodes, weights = np.polynomial.legendre.leggauss(_POINTS)
+    return (0.5 * (nodes + 1.0)).tolist(), (0.5 * weights).tolist()
+
+
 def _gauss(device: torch.device) -> tuple[Tensor, Tensor]:
     """Gauss's rule on [0, 1]: nodes and weights, float64."""
-    nodes, weights = np.polynomial.legendre.leggauss(_POINTS)
-    made = (torch.tensor(0.5 * (nodes + 1.0)), torch.tensor(0.5 * weights))
-    return made[0].to(device), made[1].to(device)
+    nodes, weights = _rule()
+    return constant(nodes, torch.float64, device), constant(weights, torch.float64, device)
 
 
 def psi(order: int, z: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._tensor import select
+from .._tensor import constant, select
 from .base import counters
 
 # Shares of the first step that are evaluated before it is made, and at which place of the history each is put; a place
@@ -58,7 +58,7 @@ def empty(z: Tensor, depth: int) -> History:
 
 def shares(start: Start, entered: Tensor) -> Tensor:
     """(B,) the share of the step at which a sample evaluates next: 0 once it has started."""
-    table = torch.tensor([share for share, _, _ in start] + [0.0], dtype=torch.float64, device=entered.device)
+    table = constant([share for share, _, _ in start] + [0.0], torch.float64, entered.device)
     return table[entered.clamp(max=len(start))]
 
 
@@ -68,7 +68,7 @@ def held(start: Start, entered: Tensor, depth: int) -> Tensor:
     for _, _, overwrite in start:
         count += not overwrite
         counts.append(count)
-    table = torch.tensor(counts, device=entered.device)
+    table = constant(counts, torch.int64, entered.device)
     last = len(start)
     filled = table[entered.clamp(max=last)] + (entered - last).clamp(min=0)
     return torch.arange(depth, device=entered.device) < filled[:, None]
