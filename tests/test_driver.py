@@ -60,7 +60,7 @@ def test_samples_that_fail_leave_their_slot_and_say_so():
     torch.testing.assert_close(caught.value.solution.log_prob[good], alone.log_prob, rtol=0.0, atol=1e-9)
 
 
-@pytest.mark.parametrize("call", [5, 60, 140])
+@pytest.mark.parametrize("call", [5, 30, 60])
 def test_an_interrupt_keeps_who_is_done_and_names_who_is_not(call):
     x, t = spread(20)
 
@@ -78,7 +78,7 @@ def test_an_interrupt_keeps_who_is_done_and_names_who_is_not(call):
     assert int(done.sum()) < 20
     torch.testing.assert_close(ours.log_prob[done], whole.log_prob[done], rtol=0.0, atol=1e-9)
     assert (ours.t[~done] < SDE.t_max).all()
-    if call == 140:
+    if call == 60:
         assert 4 <= int(done.sum()), "nobody had left a slot"
 
 
