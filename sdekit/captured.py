@@ -39,15 +39,6 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capture(problem, carry)
 
-    @staticmethod
-    def possible(problem: Problem, carry: Carry) -> bool:
-        """Whether nothing is known to stand against it; asked where nobody asked for a graph."""
-        try:
-            kind(problem, carry)
-        except CannotCompileError:
-            return False
-        return True
-
     def __call__(self, problem: Problem, carry: Carry) -> tuple[Carry, Tensor]:
         if carry.s.shape[0] != self._carry.s.shape[0]:
             self._capture(problem, carry)

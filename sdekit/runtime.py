@@ -4,7 +4,8 @@
     compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost
     graph     one launch for the whole step, network included (captured.py): CUDA only
 
-What cannot be run as asked is run eagerly, with a warning that says why.
+What cannot be run as asked is run eagerly, with a warning that says why. "auto" is "eager": compiling costs more than it
+saves in most single solves on a CPU, and graphs have not been measured yet.
 """
 
 from __future__ import annotations
@@ -53,15 +54,12 @@ def require_runtime(runtime: str) -> None:
 
 def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
     """How the steps of this problem run; what cannot be as asked is eager, with a warning that says why."""
-    if runtime == "eager" or not carry.s.numel() or torch.is_grad_enabled():
+    if runtime in ("auto", "eager") or not carry.s.numel() or torch.is_grad_enabled():
         return Eager()
-    cuda = carry.s.is_cuda
-    if runtime == "auto":
-        return Captured(problem, carry) if cuda and Captured.possible(problem, carry) else Eager()
     try:
         if runtime == "compile":
             return Compiled(compiled(problem, carry))
-        if not cuda:
+        if not carry.s.is_cuda:
             raise CannotCompileError(f"its samples are on {str(carry.s.device)!r}, and only CUDA has graphs")
         return Captured(problem, carry)
     except CannotCompileError as error:

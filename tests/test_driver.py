@@ -79,7 +79,7 @@ def test_an_interrupt_keeps_who_is_done_and_names_who_is_not(call):
     torch.testing.assert_close(ours.log_prob[done], whole.log_prob[done], rtol=0.0, atol=1e-9)
     assert (ours.t[~done] < SDE.t_max).all()
     if call == 60:
-        assert 4 <= int(done.sum()), "nobody had left a slot"
+        assert int(done.sum()) >= 4, "nobody had left a slot"
 
 
 def test_encode_and_adaptive_sampling_take_turns_too():
