@@ -4,8 +4,8 @@
     compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost
     graph     one launch for the whole step, network included (captured.py): CUDA only
 
-What cannot be run as asked is run eagerly, with a warning that says why. "auto" is "eager": compiling costs more than it
-saves in most single solves on a CPU, and graphs have not been measured yet.
+What cannot be run as asked is run eagerly, with a warning that says why. "auto" is "eager": compiling costs more than
+it saves in most single solves on a CPU, and graphs have not been measured yet.
 """
 
 from __future__ import annotations
