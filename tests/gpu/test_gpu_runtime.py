@@ -17,7 +17,7 @@ SDE = SDES["vp"]
 TARGET = mixture(4, 6, count=5)
 MODELS = {
     "exact": TARGET.score_model(SDE),
-    "network": sdekit.ScoreModel(perceptron(4, 2), SDES["karras"], sdekit.edm(0.7)).cuda(),
+    "network": sdekit.ScoreModel(perceptron(4, 2), SDES["karras"], sdekit.edm(0.7)),
 }
 DIVERGENCES = [sdekit.Exact(), sdekit.Hutchinson(control=True)]
 
@@ -29,7 +29,7 @@ def data(count=40):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_step_waits_for_the_device(name, divergence):
-    model, x = MODELS[name], data()
+    model, x = MODELS[name].cuda(), data()
     term = sdekit.likelihood_flow.LikelihoodFlow(
         model, divergence, x.shape[1:], sdekit.Hutchinson.keys(0, torch.arange(len(x), device="cuda"))
     )
@@ -50,7 +50,7 @@ def test_no_step_waits_for_the_device(name, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 @pytest.mark.parametrize("name", MODELS)
 def test_densities_are_the_eager_ones(name, divergence, runtime, slots):
-    model, x = MODELS[name], data()
+    model, x = MODELS[name].cuda(), data()
     eager = sdekit.log_likelihood(model, x, divergence=divergence, runtime="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -62,7 +62,7 @@ def test_densities_are_the_eager_ones(name, divergence, runtime, slots):
 
 
 def test_flows_and_noise_are_captured_too():
-    model, x = MODELS["exact"], data(12)
+    model, x = MODELS["exact"].cuda(), data(12)
     for solver, term, path in (
         (sdekit.Heun(), sdekit.ProbabilityFlow(model), None),
         (
