@@ -49,6 +49,16 @@ def _finalise(word: Tensor) -> Tensor:
     return word ^ _shift(word, 31)
 
 
+def _finalise_int(number: int) -> int:
+    """What `_finalise` does to one word, as an int64."""
+    whole = (1 << 64) - 1
+    word = number & whole
+    word = ((word ^ (word >> 30)) * _FIRST) & whole
+    word = ((word ^ (word >> 27)) * _SECOND) & whole
+    word ^= word >> 31
+    return word - (1 << 64) if word >> 63 else word
+
+
 def sample_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
     """(B,) int64 keys, one a sample.
 
@@ -57,8 +67,7 @@ def sample_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
         stream: What the numbers are for.
         indices: (B,) int64 global sample numbers.
     """
-    origin = torch.tensor([seed, int(stream)], dtype=torch.int64, device=indices.device)
-    root = _finalise(_finalise(origin[:1] + _GAMMA) + origin[1:] * _GAMMA)
+    root = _finalise_int(_finalise_int(seed + _GAMMA) + int(stream) * _GAMMA)
     return _finalise(root + (indices + 1) * _GAMMA)
 
 

@@ -161,7 +161,7 @@ def _played(
     the loop says where.
     """
     limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)._replace(keep_path=return_path)
-    if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None:
+    if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None or runtime == "graph":
         return 0
     began = clock.monotonic()
     try:

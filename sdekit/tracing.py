@@ -7,7 +7,7 @@ marks, and the pieces are compiled by torch's inductor.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -99,11 +99,6 @@ def made(problem: Problem, carry: Carry) -> Program:
 
 def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
     """Example inputs without contents, the batch's size left open, and the graph of the step."""
-    from torch._dynamo.source import ConstantSource
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     model, parts = problem.term.model, own_parts(problem)
     exact = next((p.dtype for p in model.net.parameters() if p.is_floating_point()), None)
     stand_in = ScoreModel(_Marked(exact), model.sde, model.parameterization, model.data_std)
@@ -126,15 +121,35 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
         after = advance(other, rebuilt(carry, tensors[len(parts) :]))
         return (*leaves(after), (after.status == Status.RUNNING).sum())
 
+    return trace(flat, (*parts, *leaves(carry)))
+
+
+def trace(function: Callable[..., Any], batches: Sequence[Tensor], *fixed: Tensor) -> tuple[list[Any], fx.GraphModule]:
+    """Example inputs without contents, and the graph of a function of tensors whose leading size is left open.
+
+    Args:
+        function: Takes all tensors, those of `fixed` last.
+        batches: Tensors like its first, of any leading size.
+        fixed: Tensors like its last, of the shapes they will have.
+
+    Raises:
+        CannotCompileError: What it does depends on the leading size.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     examples = []
-    for number, leaf in enumerate((*parts, *leaves(carry))):
+    for number, leaf in enumerate(batches):
         blank = torch.zeros((_EXAMPLE, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
         open_size: Any = StatelessSymbolicContext([DimDynamic.DUCK] + [DimDynamic.STATIC] * (leaf.dim() - 1))
         examples.append(mode.from_tensor(blank, symbolic_context=open_size, source=ConstantSource(f"given{number}")))
+    examples += [mode.from_tensor(leaf, static_shapes=True) for leaf in fixed]
     with mode:
-        graph = make_fx(flat, _allow_non_fake_inputs=True)(*examples)
+        graph = make_fx(function, _allow_non_fake_inputs=True)(*examples)
     batch: Any = examples[0].shape[0]
     if shapes.guards or type(batch) is int:
         raise CannotCompileError("its operations depend on the number of samples")

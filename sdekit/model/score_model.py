@@ -155,8 +155,9 @@ class ScoreModel(nn.Module):
 
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
-        try:
-            out = self.net(x.to(dtype), label.to(dtype), **self.bound)
+        try:  # what has the type already is not asked to take it: that costs as much as a small operation
+            seen, level = x if x.dtype is dtype else x.to(dtype), label if label.dtype is dtype else label.to(dtype)
+            out = self.net(seen, level, **self.bound)
         except Exception as error:
             raise NetworkError(
                 f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}"
@@ -172,7 +173,7 @@ class ScoreModel(nn.Module):
             )
         if not out.is_floating_point():
             raise NetworkError(f"the network returned {out.dtype}; a floating tensor is needed.")
-        return out.to(x.dtype)
+        return out if out.dtype is x.dtype else out.to(x.dtype)
 
     def _as(self, target: Parameterization, x: Tensor, t: Tensor | float) -> Tensor:
         require_batch("x", x)
