@@ -27,37 +27,35 @@ _LEAST = 8  # a batch smaller than that is not made smaller
 class Captured:
     """The step of a batch of one size at a time.
 
-    Args:
-        problem: Of the samples in work.
-        carry: Theirs.
-
     Raises:
-        CannotCompileError: With the reason.
+        CannotCompileError: With the reason, where samples enter.
     """
 
-    def __init__(self, problem: Problem, carry: Carry) -> None:
+    def __init__(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._capture(problem, carry)
+        self._carry: Carry | None = None
 
-    def __call__(self, problem: Problem, carry: Carry) -> tuple[Carry, Tensor]:
-        if carry.s.shape[0] != self._carry.s.shape[0]:
+    def enter(self, problem: Problem, carry: Carry) -> None:
+        if self._carry is None or carry.s.shape[0] != self._carry.s.shape[0]:
             self._capture(problem, carry)
-        elif carry is not self._carry:
-            self._enter(problem, carry)
-        assert self._graph is not None  # captured above
-        self._graph.replay()
-        return self._carry, self._left
+        for buffer, value in zip(_tensors(self._problem, self._buffers), _tensors(problem, carry), strict=True):
+            buffer.copy_(value)
 
-    def settled(self, carry: Carry) -> Carry:
-        return tree_map(torch.clone, carry) if carry is self._carry else carry
+    def advance(self) -> Tensor:
+        assert self._graph is not None  # captured where samples entered
+        self._graph.replay()
+        return self._left
+
+    def carry(self) -> Carry:
+        return tree_map(torch.clone, self._buffers)
 
     def size(self, needed: int, now: int) -> int:
         return now // 2 if now >= 2 * _LEAST and needed <= now // 2 else now
 
-    def _enter(self, problem: Problem, carry: Carry) -> None:
-        """Copies samples into the buffers."""
-        for buffer, value in zip(_tensors(self._problem, self._carry), _tensors(problem, carry), strict=True):
-            buffer.copy_(value)
+    @property
+    def _buffers(self) -> Carry:
+        assert self._carry is not None  # made where samples entered
+        return self._carry
 
     def _capture(self, problem: Problem, carry: Carry) -> None:
         """Captures the step of a batch of this size, in buffers of its own."""
@@ -72,7 +70,7 @@ class Captured:
         stream.wait_stream(torch.cuda.current_stream(carry.s.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):  # kernels are chosen and small tables made; a network that fails, fails here
-                advance(self._problem, self._carry)
+                advance(self._problem, self._buffers)
         torch.cuda.current_stream(carry.s.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -86,8 +84,8 @@ class Captured:
 
     def _in_place(self) -> None:
         """One step, written to where it was read from."""
-        after = advance(self._problem, self._carry)
-        for buffer, value in zip(leaves(self._carry), leaves(after), strict=True):
+        after = advance(self._problem, self._buffers)
+        for buffer, value in zip(leaves(self._buffers), leaves(after), strict=True):
             buffer.copy_(value)
         self._left.copy_((after.status == Status.RUNNING).sum())
 

@@ -9,33 +9,36 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from functools import partial
 from threading import Lock
 from typing import Any
 
 from torch import Tensor
 
-from ._tensor import leaves, rebuilt
 from .divergence import Exact, Hutchinson
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem
-from .parts import CannotCompileError, kind, own_parts
+from .parts import CannotCompileError, kind
 from .terms import Term
 from .tracing import VALUE, Program, made
 
 _KEPT = 32  # compiled steps held
 
 
-def step(problem: Problem, carry: Carry, program: Program) -> tuple[Carry, Tensor]:
-    """`advance`, by a compiled program; the carry after it and how many samples still run."""
-    values: list[Any] = [*own_parts(problem), *leaves(carry), *program.rest]
+def run(program: Program, term: Term, given: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of the carry after a step, and how many samples still run.
+
+    Args:
+        program: From `compiled`.
+        term: Whose network is asked.
+        given: The problem's own parts, then the leaves of the carry.
+    """
+    values: list[Any] = [*given, *program.rest]
     for cut in program.cuts:
         taken = [None if place is None else values[place] for place in cut.takes]
-        found = _ask(problem.term, cut.kind, taken) if cut.run is None else cut.run(*taken)
+        found = _ask(term, cut.kind, taken) if cut.run is None else cut.run(*taken)
         for place, value in zip(cut.gives, found, strict=True):
             values[place] = value
-    results = [values[place] for place in program.results]
-    return rebuilt(carry, results[:-1]), results[-1]
+    return [values[place] for place in program.results]
 
 
 def _ask(term: Term, kind: int, taken: list[Any]) -> Sequence[Tensor]:
@@ -45,10 +48,12 @@ def _ask(term: Term, kind: int, taken: list[Any]) -> Sequence[Tensor]:
     if kind == VALUE:
         return (model.answer(seen, label).contiguous(),)
     divergence = term.divergence if isinstance(term, LikelihoodFlow) else None
-    field = partial(model.answer, label=label)
-    if isinstance(divergence, Hutchinson) and vectors is not None:
-        value, products = divergence.push(field, seen, vectors)
-        return value.contiguous(), products.contiguous()
+
+    def field(state: Tensor) -> Tensor:
+        return model.answer(state, label)
+
+    if isinstance(divergence, Hutchinson):
+        return [part.contiguous() for part in divergence.push(field, seen, vectors)]
     assert isinstance(divergence, Exact)  # nothing else asks for a trace
     return [part.contiguous() for part in divergence.evaluate(field, seen, None)[:2]]
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import require_count, require_positive
+from ._interrupt import finish_step
 from ._tensor import leaves, put, take, tree_map
 from .errors import NetworkError
 from .loop import Carry, Problem
-from .runtime import Runtime, Step, require_runtime, stepper
+from .runtime import Runtime, at_work, require_runtime, stepper
 from .solution import Status
 
 _REFILL = 16  # with a queue, a 16th of the slots may be idle: taking samples out and in costs as much as a few of them
@@ -120,8 +121,7 @@ class _Work:
     """The samples in work, taken from the whole, and those that wait for their place.
 
     Attributes:
-        carry: Of those in work.
-        rows: (b,) which of the whole these are; None: all of it.
+        rows: (b,) which of the whole are in work; None: all of it.
         queue: Those that wait.
     """
 
@@ -129,23 +129,24 @@ class _Work:
         self._problem, self._whole = problem, carry
         self.rows: Tensor | None = None
         self.queue = carry.status.new_zeros(0)
-        self._narrow, self.carry = problem, carry
+        self._size = carry.s.shape[0]
         self._owned = limits.slots is not None and limits.slots < carry.s.shape[0]  # then written to in place
         if self._owned:
             waiting = (carry.status == Status.RUNNING).nonzero().squeeze(1)
             self._whole = tree_map(torch.clone, carry)
             self.rows, self.queue = waiting[: limits.slots], waiting[limits.slots :]
-            self._narrow, self.carry = problem.take(self.rows), take(carry, self.rows)
-        self._step: Step = stepper(limits.runtime, self._narrow, self.carry)
+            self._size, problem, carry = len(self.rows), problem.take(self.rows), take(carry, self.rows)
+        self._runtime = limits.runtime
+        self._step = stepper(limits.runtime, problem, carry)
         self._poll = _Poll(carry.s.device)
-        self._poll.ask((self.carry.status == Status.RUNNING).sum())
+        self._poll.ask((carry.status == Status.RUNNING).sum())
 
     def goes_on(self) -> bool:
         """Whether there is something to do; who is finished leaves, and who waits takes the place."""
         count = self._poll.answer()
         if count is None:
             return True
-        size, waiting = self.carry.s.shape[0], len(self.queue)
+        size, waiting = self._size, len(self.queue)
         if count == 0 and not waiting:
             return False
         if waiting:
@@ -157,37 +158,38 @@ class _Work:
 
     def advance(self) -> int:
         """One step of those in work; how many they are."""
-        size = self.carry.s.shape[0]
-        self.carry, left = self._step(self._narrow, self.carry)
-        self._poll.ask(left)
-        return size
+        self._poll.ask(self._step.advance())
+        return self._size
 
     def all(self) -> Carry:
         """The carry of all samples."""
-        carry = self._step.settled(self.carry)
+        carry = self._step.carry()
         return carry if self.rows is None else put(self._whole, self.rows, carry)
 
     def _turn_over(self, size: int) -> None:
         """Lets those who are done go, and as many enter that `size` are in work: some who are done, if need be."""
-        carry = self._step.settled(self.carry)
+        carry = self._step.carry()
         running = carry.status == Status.RUNNING
-        order = torch.argsort(running, descending=True, stable=True)  # those who run first
-        count = int(running.sum())
-        entering = self.queue[: size - count]
+        order = torch.argsort(running.to(torch.int8), descending=True, stable=True)  # those who run first
+        entering = self.queue[: size - int(running.sum())]
         staying = order[: size - len(entering)]
         rows = staying if self.rows is None else self.rows[staying]
         if self._owned:
             assert self.rows is not None  # where there is a queue, those in work have been told from it
             for leaf, part in zip(leaves(self._whole), leaves(carry), strict=True):
-                leaf.index_copy_(0, self.rows, part)  # and again if an interrupt comes between: the same is written
+                leaf.index_copy_(0, self.rows, part)
             whole, rows = self._whole, torch.cat((rows, entering))
-            narrowed = take(whole, rows)
+            carry = take(whole, rows)
         else:
-            whole, narrowed = self.all(), take(carry, staying)
-        state = whole, rows, self.queue[len(entering) :], self._problem.take(rows), narrowed
-        self._whole, self.rows, self.queue, self._narrow, self.carry = state  # an interrupt finds all of it or none
+            whole, carry = self.all(), take(carry, staying)
+        problem, queue = self._problem.take(rows), self.queue[len(entering) :]
+        with finish_step() as asked:  # an interrupt finds all of it or none
+            self._whole, self.rows, self.queue, self._size = whole, rows, queue, len(rows)
+            self._step = at_work(self._step, self._runtime, problem, carry)
+        if asked():
+            raise KeyboardInterrupt
         self._poll.forget()
-        self._poll.ask((narrowed.status == Status.RUNNING).sum())
+        self._poll.ask((carry.status == Status.RUNNING).sum())
 
 
 class _Poll:

@@ -16,11 +16,12 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from ._tensor import leaves, rebuilt
 from .captured import Captured
-from .compiled import compiled, step
+from .compiled import compiled, run
 from .errors import SdekitWarning
 from .loop import Carry, Problem, advance
-from .parts import CannotCompileError
+from .parts import CannotCompileError, own_parts
 from .solution import Status
 from .tracing import Program
 
@@ -31,14 +32,18 @@ _COMPACT_LEAST = 8  # ... unless the batch is so small that a call costs the sam
 
 
 class Step(Protocol):
-    """One step of all samples in work."""
+    """The samples in work, and how they are taken a step further."""
 
-    def __call__(self, problem: Problem, carry: Carry) -> tuple[Carry, Tensor]:
-        """The carry after the step, and how many samples still run."""
+    def enter(self, problem: Problem, carry: Carry) -> None:
+        """Puts these samples to work, in the place of those before."""
         ...
 
-    def settled(self, carry: Carry) -> Carry:
-        """The carry, in memory that no later step writes to."""
+    def advance(self) -> Tensor:
+        """Takes all a step further; how many still run (a number on their device)."""
+        ...
+
+    def carry(self) -> Carry:
+        """Where they are, in memory that no later step writes to."""
         ...
 
     def size(self, needed: int, now: int) -> int:
@@ -53,22 +58,33 @@ def require_runtime(runtime: str) -> None:
 
 
 def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
-    """How the steps of this problem run; what cannot be as asked is eager, with a warning that says why."""
+    """These samples at work as asked; what cannot be as asked is eager, with a warning that says why."""
     if runtime in ("auto", "eager") or not carry.s.numel() or torch.is_grad_enabled():
-        return Eager()
+        return at_work(Eager(), runtime, problem, carry)
     try:
-        if runtime == "compile":
-            return Compiled(compiled(problem, carry))
-        if not carry.s.is_cuda:
+        if runtime == "graph" and not carry.s.is_cuda:
             raise CannotCompileError(f"its samples are on {str(carry.s.device)!r}, and only CUDA has graphs")
-        return Captured(problem, carry)
+        step = Captured() if runtime == "graph" else Compiled(compiled(problem, carry))
     except CannotCompileError as error:
-        warnings.warn(
-            f"runtime={runtime!r} is not possible for this solve: {error}. It runs eagerly.",
-            SdekitWarning,
-            stacklevel=2,
-        )
-        return Eager()
+        _warn(runtime, error)
+        return at_work(Eager(), runtime, problem, carry)
+    return at_work(step, runtime, problem, carry)
+
+
+def at_work(step: Step, runtime: Runtime, problem: Problem, carry: Carry) -> Step:
+    """The step with these samples at work; an eager one, with a warning, where it cannot take them."""
+    try:
+        step.enter(problem, carry)
+    except CannotCompileError as error:
+        _warn(runtime, error)
+        step = Eager()
+        step.enter(problem, carry)
+    return step
+
+
+def _warn(runtime: Runtime, reason: CannotCompileError) -> None:
+    text = f"runtime={runtime!r} is not possible for this solve: {reason}. It runs eagerly."
+    warnings.warn(text, SdekitWarning, stacklevel=2)
 
 
 def _fewer(needed: int, now: int) -> int:
@@ -78,28 +94,40 @@ def _fewer(needed: int, now: int) -> int:
 class Eager:
     """Operation by operation."""
 
-    def __call__(self, problem: Problem, carry: Carry) -> tuple[Carry, Tensor]:
-        after = advance(problem, carry)
-        return after, (after.status == Status.RUNNING).sum()
+    def enter(self, problem: Problem, carry: Carry) -> None:
+        self._problem, self._carry = problem, carry
 
-    def settled(self, carry: Carry) -> Carry:
-        return carry
+    def advance(self) -> Tensor:
+        self._carry = advance(self._problem, self._carry)
+        return (self._carry.status == Status.RUNNING).sum()
+
+    def carry(self) -> Carry:
+        return self._carry
 
     def size(self, needed: int, now: int) -> int:
         return _fewer(needed, now)
 
 
 class Compiled:
-    """Fused between network calls."""
+    """Fused between network calls.
+
+    Args:
+        program: From `compiled`.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
 
-    def __call__(self, problem: Problem, carry: Carry) -> tuple[Carry, Tensor]:
-        return step(problem, carry, self._program)
+    def enter(self, problem: Problem, carry: Carry) -> None:
+        self._problem, self._like = problem, carry
+        self._given, self._leaves = own_parts(problem), leaves(carry)
 
-    def settled(self, carry: Carry) -> Carry:
-        return carry
+    def advance(self) -> Tensor:
+        *self._leaves, left = run(self._program, self._problem.term, (*self._given, *self._leaves))
+        return left
+
+    def carry(self) -> Carry:
+        return rebuilt(self._like, self._leaves)
 
     def size(self, needed: int, now: int) -> int:
         return _fewer(needed, now)
