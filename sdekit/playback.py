@@ -152,8 +152,8 @@ def _played(
     progress: bool,
     throw: bool,
     return_path: bool,
-    runtime: Runtime,
-    slots: int | None,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> Solution | int:
     """As `integrate` from the grid's first time to its last; the calls made in vain where the loop has to do it.
 
