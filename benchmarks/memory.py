@@ -3,13 +3,14 @@
     counted    bytes of tensors at the peak of one solve, a sample (CUDA's own counter there)
     resident   growth of the resident set at its peak, in a process of its own, a sample
 
-The U-Net has 3 x 32 x 32 inputs and 0.6M parameters, the MLP four hidden layers of 512, both untrained: memory does not
+The U-Net has 3 x 32 x 32 inputs and 0.6M parameters, the MLP four hidden layers of 512, untrained: memory does not
 depend on weights. Limits are set by RLIMIT_AS on a process of its own: what it has mapped, and a little more.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from sdekit.zoo import digits as zoo
 
 from .common import HERE, Goal, Report, arguments
 from .timing import best_device, device_name, least
+from .unet_speed import Sized, cifar
 
 MEGA = 1e6
 FLAT = 1.1  # wanted, of the memory with many nodes over that with few
@@ -57,6 +59,7 @@ NETS: dict[str, Callable[[], tuple[sdekit.ScoreModel, tuple[int, ...]]]] = {
     "MLP 64-512x4": lambda: (perceptron(64), (64,)),
     "digits": lambda: (zoo.load().float().to(best_device()).eval(), (1, 8, 8)),
     "U-Net 3x32x32": lambda: (images(), (3, 32, 32)),
+    "diffusers, 35.7M": lambda: (_model(Sized(*cifar())), (3, 32, 32)),
 }
 
 
@@ -119,7 +122,7 @@ def _limited(how: str, batch: int, more: float) -> dict[str, Any]:
     model, x = images(), points(batch, (3, 32, 32))
     alone = solve(model, x[:1], 3, Hutchinson()).log_prob
     few = MLP((192,), 2048, 2).eval()
-    wide, y = _model(few), points(8 * batch, (192,))
+    wide, y = _model(few), points(64, (192,))
     expected = _trace(wide, y[:1], Exact(8))
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + int(more), resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -161,7 +164,11 @@ def growth(report: Report, quick: bool) -> None:
         ["D", "nodes", "probes", "counted", "of which numbers of the state", "resident"],
         f"Batch {batch}. A number of the state is 4 bytes.",
     )
-    cases = [(d, 16, 1) for d in (64, 768, 3072)] + [(768, n, 1) for n in (64, 256)] + [(768, 16, p) for p in (4, 16)]
+    cases = (
+        [(d, 16, 1) for d in (64, 768, 3072)]
+        + [(d, n, 1) for d in (64, 768) for n in (64, 256)]
+        + [(768, 16, p) for p in (4, 16)]
+    )
     kept: dict[tuple[int, int, int], tuple[float, float]] = {}
     for dim, nodes, probes in tqdm(cases, desc="growth"):
         x = points(batch, (dim,))
@@ -186,6 +193,8 @@ def modes(report: Report, quick: bool) -> None:
         "Peak: bytes of tensors, weights apart (CUDA's own counter there).",
     )
     sizes = {"MLP 64-512x4": (16, 256), "digits": (16, 256), "U-Net 3x32x32": (2, 8)}
+    if importlib.util.find_spec("diffusers") is not None:
+        sizes["diffusers, 35.7M"] = (1,)
     for name, batches in tqdm(sizes.items(), desc="modes"):
         model, event = NETS[name]()
         for batch in batches[:1] if quick else batches:
@@ -222,15 +231,15 @@ def limits(report: Report, quick: bool) -> None:
     """Within an address space that a batch of one fits and the whole does not."""
     if not sys.platform.startswith("linux"):
         return
-    batch = 32 if quick else 64
+    batch = 128 if quick else 256
     model = images().cpu()
     one = peak_of(lambda: solve(model, points(1, (3, 32, 32)).cpu(), 3, Hutchinson()), torch.device("cpu"))[1]
     more = 3.0 * one + 200 * MEGA  # what libraries map for themselves when they are first used
     table = report.table(
         f"in a process that may map {more / MEGA:.0f} MB more",
         ["what", "ends", "the right value"],
-        f"Chunked: {batch} samples of the U-Net, {one / MEGA:.1f} MB each by count. Exact: traces of {8 * batch} "
-        "samples in 192 dimensions of an MLP 2048 wide; halved is Exact(192), all products at once.",
+        f"Chunked: {batch} samples of the U-Net, {one / MEGA:.1f} MB each by count. Exact: traces of 64 samples in "
+        "192 dimensions of an MLP 2048 wide; halved is Exact(192), all products at once.",
     )
     for how in tqdm(("whole", "chunked, chosen", "chunked, halved", "Exact, chosen", "Exact, halved"), desc="limits"):
         found = in_a_child(what="limited", how=how, batch=batch, more=more)

@@ -31,7 +31,7 @@ from .common import HERE, Goal, Report, Table, arguments
 from .overhead import bare
 from .peers import PEERS, fixed_probe
 from .sampling_overhead import Net
-from .timing import accepted, best_device, device_name, least_each, runtimes
+from .timing import accepted, best_device, device_name, least_each, runtimes, timed
 
 TOLERANCE = 1e-4  # relative and absolute, of every Runge-Kutta method
 NODES = 64
@@ -126,9 +126,9 @@ def beside_others(report: Report, device: torch.device, quick: bool) -> None:
             methods[name] = lambda n=name: PEERS[n](model, x, probe, TOLERANCE).evaluations
         took = {}
         for name, method in methods.items():
-            few = 1 if batch >= 4096 else repeats
-            took[name] = least_each(method, few, device)
-            _row(table, batch, name, method(), floor, took[name])
+            made = method()
+            took[name] = min(timed(method, device) for _ in range(1 if batch > 1000 else repeats)) / made
+            _row(table, batch, name, made, floor, took[name])
         found = diffrax_each(model, x, probe, repeats)
         if found is not None:
             took["diffrax dopri5, jitted"] = found[1]

@@ -43,9 +43,9 @@ PROBE = sdekit.Hutchinson(probes=1, fresh=False)
 
 
 class Sized(nn.Module):
-    """A network of (x, label) whose output is divided by a constant."""
+    """A network of (x, label): its labels multiplied by `scale`, its output divided by `size`."""
 
-    def __init__(self, net: nn.Module, size: float, scale: float = 1.0) -> None:
+    def __init__(self, net: nn.Module, scale: float = 1.0, size: float = 1.0) -> None:
         super().__init__()
         self.net, self.size, self.scale = net, size, scale
 
@@ -59,6 +59,12 @@ def network(device: torch.device) -> tuple[nn.Module, tuple[int, ...], float]:
     torch.manual_seed(SEED)
     if device.type == "cpu":
         return UNet(3, 44, 3, attention=True, period=4.0), (3, 16, 16), 1.0
+    net, scale = cifar()
+    return net, (3, 32, 32), scale
+
+
+def cifar() -> tuple[nn.Module, float]:
+    """diffusers' U-Net as for CIFAR-10, and what labels near 1 are multiplied by."""
     from diffusers import UNet2DModel
 
     net = UNet2DModel(
@@ -75,7 +81,7 @@ def network(device: torch.device) -> tuple[nn.Module, tuple[int, ...], float]:
         flip_sin_to_cos=False,
         freq_shift=1,
     )
-    return net, (3, 32, 32), 100.0
+    return net, 100.0
 
 
 def made(device: torch.device) -> tuple[sdekit.ScoreModel, tuple[int, ...]]:
@@ -85,9 +91,9 @@ def made(device: torch.device) -> tuple[sdekit.ScoreModel, tuple[int, ...]]:
     source = torch.Generator().manual_seed(SEED)
     x, label = torch.randn(16, *event, generator=source).to(device), torch.linspace(-1.1, 1.0, 16, device=device)
     with torch.no_grad():
-        size = float(Sized(net, 1.0, scale)(x, label).square().mean().sqrt())
+        size = float(Sized(net, scale)(x, label).square().mean().sqrt())
     model = sdekit.ScoreModel(
-        Sized(net, size, scale), sdekit.VESDE(), sdekit.edm(STD, sdekit.LogSigmaLabel(0.25)), data_std=STD
+        Sized(net, scale, size), sdekit.VESDE(), sdekit.edm(STD, sdekit.LogSigmaLabel(0.25)), data_std=STD
     )
     return model.eval(), event
 

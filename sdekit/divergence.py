@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -160,9 +159,9 @@ class Hutchinson(Divergence):
             `solver_error` then covers as it does with exact traces. In up to 4 dimensions, where one probe may hide
             most of an error, the control is the exact trace (D products).
         law: "rademacher" (the default: no variance from the diagonal), "gaussian" or "sphere".
-        mode: "vjp"; "jvp", which keeps no graph and takes a fraction of the memory for somewhat more time, and falls
-            back to vjp where a kernel has no forward mode; or "auto": vjp unless it would take more than three quarters
-            of the memory that is free when a shape is first met, or runs out.
+        mode: "vjp"; "jvp", which keeps no graph, so takes less memory in deep networks only, and about twice the time
+            (docs/decisions), and falls back to vjp where a kernel has no forward mode; or "auto": vjp unless it takes
+            more than three quarters of the memory that is free when a shape is first met, or all, and jvp does not.
     """
 
     probes: int = 1
@@ -170,8 +169,8 @@ class Hutchinson(Divergence):
     control: bool = False
     law: Law = "rademacher"
     mode: Literal["vjp", "jvp", "auto"] = "vjp"
-    # Whether reverse mode fits, by the shape of the vectors: what "auto" found.
-    _fits: dict[_Shape, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # What "auto" found to fit, by the shape of the vectors.
+    _modes: dict[_Shape, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_count("probes", self.probes)
@@ -191,28 +190,28 @@ class Hutchinson(Divergence):
             raise ValueError("probes=None; Hutchinson needs its probes.")
         vectors = probes.reshape(-1, *x.shape)
         graph = keeps_graph(x)  # then by vjp: the forward rules of many kernels cannot be differentiated again
-        result = None
         if self.mode == "auto" and not graph:
-            result = self._if_it_fits(lambda: reverse_mode(field, x, vectors), vectors)
-        if result is None and self.mode != "vjp" and not graph:
-            result = forward_mode(field, x, vectors)
-        if result is None:
-            result = reverse_mode(field, x, vectors)
+            result = self._fitting(field, x, vectors)
+        else:
+            pushed = forward_mode(field, x, vectors) if self.mode == "jvp" and not graph else None
+            result = reverse_mode(field, x, vectors) if pushed is None else pushed
         products = result[1].flatten(2)
         traces = (probes * products).sum(2, dtype=torch.float64).T
         return FieldValue(result[0], traces, products.transpose(0, 1))
 
-    def _if_it_fits(
-        self, reverse: Callable[[], tuple[Tensor, Tensor]], vectors: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """What `reverse` gives; None where that is known to take too much memory, or is found to."""
+    def _fitting(self, field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and products in reverse mode where that fits, else in forward mode where that does."""
         seen = _shape(vectors)
-        if self._fits.get(seen, True):
-            room = math.inf if seen in self._fits else _ROOM * free_bytes(vectors.device)
-            result, _ = tried(reverse, vectors.device, room < math.inf, room)
-            self._fits[seen] = result is not None
-            return result
-        return None
+        known = self._modes.get(seen)
+        room = math.inf if known else _ROOM * free_bytes(x.device)
+        result, mode = None, "vjp"
+        if known != "jvp":
+            result, _ = tried(lambda: reverse_mode(field, x, vectors), x.device, known is None, room)
+        if result is None:
+            result, _ = tried(lambda: forward_mode(field, x, vectors), x.device, known is None, room)
+            mode = "vjp" if result is None else "jvp"
+        self._modes[seen] = mode
+        return reverse_mode(field, x, vectors) if result is None else result
 
     @staticmethod
     def keys(seed: int, indices: Tensor) -> Tensor:

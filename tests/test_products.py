@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import draw, drawn, perceptron
+from helpers import Function, draw, drawn
 from torch import nn
 
 import sdekit
@@ -190,14 +190,29 @@ def test_forward_mode_that_runs_out_of_memory_is_not_taken_for_a_missing_rule():
         Hutchinson(mode="jvp").evaluate(field, draw(1, 2, 3), drawn(Hutchinson(), 2, 3))
 
 
+def test_where_neither_fits_it_is_tried_in_reverse_mode(monkeypatch):
+    room_of(monkeypatch, 1.0)
+    net, x, v = deep(10), draw(1, 5, 10), drawn(Hutchinson(), 5, 10)
+    field, auto = Counting(net), Hutchinson(mode="auto")
+    for calls in (3, 4):
+        found = auto.evaluate(field, x, v)
+        torch.testing.assert_close(found.products, Hutchinson().evaluate(net, x, v).products, rtol=1e-12, atol=0)
+        assert field.calls == calls
+
+
 def test_a_likelihood_in_little_room_is_that_of_forward_mode(monkeypatch):
-    model = sdekit.ScoreModel(perceptron(6, 1), sdekit.VPSDE())
-    x = draw(1, 8, 6)
+    net, x, v = deep(6, depth=20), draw(1, 50, 6), drawn(Hutchinson(), 50, 6)
+    model = sdekit.ScoreModel(Function(lambda state, label: net(state)), sdekit.VPSDE())
+    with torch.no_grad():
+        peaks = [counted(lambda m=m: Hutchinson(mode=m).evaluate(net, x, v))[1] for m in ("vjp", "jvp")]
     expected = sdekit.log_likelihood(model, x, nodes=12, divergence=Hutchinson(mode="jvp"))
-    room_of(monkeypatch, 1000.0)
+    room_of(monkeypatch, sum(peaks) / 2)
     found = sdekit.log_likelihood(model, x, nodes=12, divergence=Hutchinson(mode="auto"))
     assert torch.equal(found.log_prob, expected.log_prob)
     assert torch.equal(found.std_error, expected.std_error)
+    assert not torch.equal(
+        found.std_error, sdekit.log_likelihood(model, x, nodes=12, divergence=Hutchinson()).std_error
+    )
 
 
 def test_what_was_found_out_is_no_part_of_what_was_asked_for():
