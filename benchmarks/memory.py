@@ -10,7 +10,6 @@ depend on weights. Limits are set by RLIMIT_AS on a process of its own: what it 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -193,8 +192,11 @@ def modes(report: Report, quick: bool) -> None:
         "Peak: bytes of tensors, weights apart (CUDA's own counter there).",
     )
     sizes = {"MLP 64-512x4": (16, 256), "digits": (16, 256), "U-Net 3x32x32": (2, 8)}
-    if importlib.util.find_spec("diffusers") is not None:
+    try:
+        cifar()
         sizes["diffusers, 35.7M"] = (1,)
+    except (ImportError, RuntimeError):  # not installed, or not fit for the other packages that are
+        pass
     for name, batches in tqdm(sizes.items(), desc="modes"):
         model, event = NETS[name]()
         for batch in batches[:1] if quick else batches:
