@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import weakref
@@ -155,6 +156,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def release(device: torch.device) -> None:
-    """Gives what torch holds unused back to the device."""
+    """Gives what torch holds unused back to the device, and first what errors keep in cycles with their own frames."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -259,6 +261,31 @@ class TestMemory:
         assert free_bytes(CPU) == 3200
         monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((tmp_path / "none", tmp_path / "used"),))
         assert free_bytes(CPU) > 3200
+
+    def test_what_ran_out_of_memory_is_gone_before_the_next_try(self):
+        """Errors hold their frames, whose variables hold the errors: cycles, which only the collector opens."""
+        alive: list[weakref.ref[torch.Tensor]] = []
+
+        def net(x, label):
+            assert all(one() is None for one in alive)
+            kept = torch.ones(10)
+            alive.append(weakref.ref(kept))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            alive.clear()
+            return 0.0 * x
+
+        model = sdekit.ScoreModel(Function(net), VP)
+        gc.disable()
+        try:
+            found = chunked(
+                lambda part, rows: sdekit.log_likelihood(model, part, nodes=3, indices=rows).log_prob,
+                draw(1, 8, 2),
+                chunk=8,
+            )
+        finally:
+            gc.enable()
+        assert found.shape == (8,)
 
     def test_under_a_real_limit_it_finishes_what_the_whole_does_not(self):
         """A process of limited address space: 64 samples of 8 MB do not fit at once, and do in chunks."""
