@@ -8,7 +8,7 @@ get the same Rademacher probe, fixed along the path:
     score_sde      scipy's RK45 at 1e-5 on the flattened batch, state on the host, two forward passes an evaluation
     k-diffusion    its log_likelihood: torchdiffeq's dopri5 in sigma at 1e-4
     torchdiffeq    dopri5 in t at 1e-5
-    sdekit         fixed grids of 24 to 128 nodes; the fewest that come as close as score_sde's algorithm is the answer
+    sdekit         fixed grids of 24 to 128 nodes, and tolerances; the fastest as close as score_sde's algorithm counts
 
 Error: the largest of four samples against torchdiffeq's dopri8 in float64 at 1e-9, kept in the cache.
 """
@@ -16,6 +16,7 @@ Error: the largest of four samples against torchdiffeq's dopri8 in float64 at 1e
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
@@ -150,15 +151,21 @@ def torchdiffeq_at(model: sdekit.ScoreModel, x: Tensor, probe: Tensor) -> Answer
     return Answer(found.log_prob.cpu(), found.evaluations, clock(x.device) - began)
 
 
-def ours(nodes: int, runtime: str) -> Callable[[sdekit.ScoreModel, Tensor, Tensor], Answer]:
-    """A fixed grid, its graph or kernels made before the clock starts."""
+def ours(runtime: str, **how: float) -> Callable[[sdekit.ScoreModel, Tensor, Tensor], Answer]:
+    """By `nodes` or `tolerance`; graphs or kernels are made before the clock starts."""
 
     def run(model: sdekit.ScoreModel, x: Tensor, probe: Tensor) -> Answer:
         options = accepted(sdekit.log_likelihood, runtime=runtime)
+
+        def solve() -> sdekit.LogLikelihood:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return sdekit.log_likelihood(model, x, divergence=PROBE, throw=False, **how, **options)  # type: ignore[arg-type]
+
         if options and runtime != "eager":
-            sdekit.log_likelihood(model, x, divergence=PROBE, nodes=nodes, **options)
+            solve()
         began = clock(x.device)
-        found = sdekit.log_likelihood(model, x, divergence=PROBE, nodes=nodes, **options)
+        found = solve()
         return Answer(found.log_prob.cpu(), float(found.stats.calls), clock(x.device) - began)
 
     return run
@@ -201,9 +208,11 @@ def compare(report: Report, batch: int, quick: bool) -> None:
         pass
     first = runtimes(device)[0]
     for nodes in (24, 64) if quick else LADDER:
-        methods[f"sdekit, nodes={nodes}, {first}"] = ours(nodes, first)
+        methods[f"sdekit, nodes={nodes}, {first}"] = ours(first, nodes=nodes)
+    for tolerance in (0.3,) if quick else (1.0, 0.3, 0.1):
+        methods[f"sdekit, tolerance={tolerance:g}, {first}"] = ours(first, tolerance=tolerance)
     for runtime in runtimes(device)[1:]:
-        methods[f"sdekit, nodes=64, {runtime}"] = ours(64, runtime)
+        methods[f"sdekit, nodes=64, {runtime}"] = ours(runtime, nodes=64)
     answers, errors = {}, {}
     for name, method in tqdm(methods.items(), desc=f"batch {batch}"):
         found = answers[name] = method(model, x, probe)
@@ -216,14 +225,15 @@ def compare(report: Report, batch: int, quick: bool) -> None:
         )  # fmt: skip
     table.note = f"Forward + vjp: {1e3 * floor:.1f} ms."
     aim = errors["score_sde's algorithm"]
-    grids = [name for name in methods if name.endswith(first) and name.startswith("sdekit")]
-    close = [name for name in grids if errors[name] <= aim]
-    chosen = close[0] if close else min(grids, key=lambda name: errors[name])
+    mine = [name for name in methods if name.endswith(first) and name.startswith("sdekit")]
+    close = [name for name in mine if errors[name] <= aim]
+    fastest = min(close, key=lambda name: answers[name].seconds, default="")
+    chosen = fastest or min(mine, key=lambda name: errors[name])
     label = f"batch {batch}: {chosen} ({errors[chosen]:.1e} nats where score_sde's algorithm leaves {aim:.1e})"
     report.goals.append(Goal(f"{label}: times faster", base / answers[chosen].seconds, 5.0))
-    spent = answers[grids[-1]]
-    over = spent.seconds / (spent.evaluations * floor)
-    report.goals.append(Goal(f"batch {batch}: {grids[-1]}: time over evaluations x (forward + vjp)", over, high=1.03))
+    longest = max((name for name in mine if "nodes" in name), key=lambda name: answers[name].evaluations)
+    over = answers[longest].seconds / (answers[longest].evaluations * floor)
+    report.goals.append(Goal(f"batch {batch}: {longest}: time over evaluations x (forward + vjp)", over, high=1.03))
     report.save(final=False)
 
 
