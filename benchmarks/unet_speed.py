@@ -177,7 +177,7 @@ def reference(model: sdekit.ScoreModel, x: Tensor, probe: Tensor) -> Tensor:
     def tight() -> dict[str, Tensor]:
         double = copy.deepcopy(model).double()
         field, sde = _Field(double, x.shape[1:], probe.double()), model.sde
-        times = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+        times = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=x.device)
         with torch.no_grad():
             last = odeint(field, field.start(x.double()), times, rtol=1e-9, atol=1e-9, method="dopri8")[-1]
         return {"log_prob": field.finish(last)}
