@@ -203,20 +203,21 @@ def modes(report: Report, quick: bool) -> None:
             x = points(batch, event).flatten(1)
             label = torch.full((batch,), 0.5, dtype=torch.float64, device=device)
             for probes in (1, 4):
-                base = (0.0, 0.0)
+                base = (0.0, 0.0, False)
                 for mode in ("vjp", "jvp", "auto"):
                     found = _one_evaluation(model, event, x, label, probes, mode, 2 if quick else 5)
                     base = found if mode == "vjp" else base
                     ratios = [found[0] / base[0], found[1] / base[1]]
+                    label_of = f"{mode}, fell back" if found[2] else mode
                     table.rows.append(
-                        [name, batch, probes, mode, 1e-3 * found[0] / batch, 1e6 * found[1] / batch, *ratios]
+                        [name, batch, probes, label_of, 1e-3 * found[0] / batch, 1e6 * found[1] / batch, *ratios]
                     )
 
 
 def _one_evaluation(
     model: sdekit.ScoreModel, event: tuple[int, ...], x: Tensor, label: Tensor, probes: int, mode: str, repeats: int
-) -> tuple[float, float]:
-    """Peak bytes and least seconds."""
+) -> tuple[float, float, bool]:
+    """Peak bytes, least seconds, and whether forward mode was asked for in vain."""
     divergence = Hutchinson(probes, mode=mode)  # type: ignore[arg-type]
     keys = Hutchinson.keys(0, torch.arange(x.shape[0], device=x.device))
     drawn = divergence.draw(keys, torch.zeros_like(keys[:, 0]), x.shape[1], x.dtype)
@@ -225,8 +226,11 @@ def _one_evaluation(
         with torch.no_grad():
             return divergence.evaluate(lambda s: model.output(s.reshape(-1, *event), label).flatten(1), x, drawn)
 
-    evaluate()
-    return float(peak_of(evaluate, x.device)[1]), least(evaluate, repeats, x.device)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        evaluate()
+        fell_back = any(issubclass(one.category, sdekit.SdekitWarning) for one in said)
+        return float(peak_of(evaluate, x.device)[1]), least(evaluate, repeats, x.device), fell_back
 
 
 def limits(report: Report, quick: bool) -> None:
