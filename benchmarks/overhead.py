@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
-import time
 import warnings
 from collections.abc import Callable
 
@@ -24,6 +23,7 @@ from sdekit.model.nets import MLP
 
 from .common import Report, Table, arguments
 from .peers import PEERS, fixed_probe
+from .timing import least_each
 
 TOLERANCE = 1e-2
 MODES: dict[str, sdekit.Hutchinson] = {
@@ -39,20 +39,9 @@ def network(dim: int) -> sdekit.ScoreModel:
     return sdekit.ScoreModel(net, sdekit.VPSDE(), sdekit.noise(sdekit.LogSigmaLabel(0.25)), data_std=1.0).eval()
 
 
-def best_of(repeats: int, function: Callable[[], int]) -> float:
-    """Least CPU seconds a call of the network, over the repeats; `function` returns its number of calls."""
-    function()
-    took = []
-    for _ in range(repeats):
-        began = time.process_time()
-        calls = function()
-        took.append((time.process_time() - began) / calls)
-    return min(took)
-
-
 def bare(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, calls: int) -> int:
     """`calls` forward passes with one vector-Jacobian product each, and nothing else."""
-    label = torch.full((x.shape[0],), 0.5)
+    label = torch.full((x.shape[0],), 0.5, device=x.device)
     for _ in range(calls):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
@@ -73,14 +62,14 @@ def measure(table: Table, dims: tuple[int, ...], batches: tuple[int, ...], repea
         model = network(dim)
         x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(1))
         probe = fixed_probe(x)
-        floor = best_of(repeats, lambda: bare(model, x, probe, 20))
+        floor = least_each(lambda: bare(model, x, probe, 20), repeats, x.device)
         methods: dict[str, Callable[[], int]] = {
             name: (lambda d: lambda: solve(model, x, d))(divergence) for name, divergence in MODES.items()
         }
         methods["torchdiffeq dopri5"] = lambda: PEERS["torchdiffeq dopri5"](model, x, probe, 1e-4).calls
         methods["torchode tsit5"] = lambda: PEERS["torchode tsit5"](model, x, probe, 1e-4).calls
         for name, method in methods.items():
-            took = best_of(repeats, method)
+            took = least_each(method, repeats, x.device)
             table.rows.append([f"{dim}-D", batch, name, 1e6 * floor, 1e6 * took, took / floor, 1e6 * (took - floor)])
 
 

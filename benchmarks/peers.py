@@ -79,7 +79,7 @@ class _Field:
 def torchdiffeq_dopri5(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tolerance: float) -> Run:
     """torchdiffeq's dopri5 at rtol = atol = `tolerance`."""
     field, sde, began = _Field(model, x.shape[1:], probe), model.sde, time.process_time()
-    times = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+    times = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device=x.device)
     with torch.no_grad():
         last = odeint(field, field.start(x), times, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
     return Run(field.finish(last), field.calls, float(field.calls), time.process_time() - began, field.latent(last))
@@ -103,7 +103,7 @@ def scipy_rk45(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, toleran
 def torchode_tsit5(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tolerance: float) -> Run:
     """torchode's tsit5 at rtol = atol = `tolerance`, steps per sample."""
     field, sde, began = _Field(model, x.shape[1:], probe), model.sde, time.process_time()
-    ends = (torch.full((x.shape[0],), t, dtype=torch.float64) for t in (sde.t_min, sde.t_max))
+    ends = (torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device) for t in (sde.t_min, sde.t_max))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         term = torchode.ODETerm(field)
@@ -140,4 +140,4 @@ def fixed_probe(x: Tensor) -> Tensor:
     count, size = x.shape[0], x.shape[1:].numel()
     numbers = torch.arange(count)
     fixed = sdekit.Hutchinson(probes=1, fresh=False)
-    return fixed.draw(fixed.keys(0, numbers), torch.zeros_like(numbers), size, x.dtype)[0]
+    return fixed.draw(fixed.keys(0, numbers), torch.zeros_like(numbers), size, x.dtype)[0].to(x.device)

@@ -21,6 +21,7 @@ from sdekit import recording
 
 from .common import Goal, Report, arguments
 from .samplers import k_diffusion, scheduler, table
+from .timing import least_each
 
 EVALUATIONS = 50
 BATCHES = {1: 1.15, 64: 1.08, 1024: 1.05}  # with the ratio wanted
@@ -130,17 +131,6 @@ def rivals() -> dict[str, Sampler]:
     return found
 
 
-def seconds(function: Callable[[], int], repeats: int) -> float:
-    """Least CPU seconds of a call of the network."""
-    function()
-    took = []
-    for _ in range(repeats):
-        began = time.process_time()
-        calls = function()
-        took.append((time.process_time() - began) / calls)
-    return min(took)
-
-
 def bare(net: Net, x: Tensor) -> int:
     for _ in range(EVALUATIONS):
         net(x)
@@ -157,10 +147,10 @@ def main() -> None:
         for batch, wanted in BATCHES.items():
             x = torch.randn(batch, 64, generator=torch.Generator().manual_seed(1))
             repeats = 2 if chosen.quick else 20 if batch < 1024 else 5
-            floor = seconds(lambda: bare(net, x), repeats)
+            floor = least_each(lambda: bare(net, x), repeats, x.device)
             for name, method in tqdm(methods.items(), desc=f"batch {batch}"):
-                took = seconds(lambda: method(net, x), repeats)
-                floor = min(floor, seconds(lambda: bare(net, x), 2))
+                took = least_each(lambda: method(net, x), repeats, x.device)
+                floor = min(floor, least_each(lambda: bare(net, x), 2, x.device))
                 rows.rows.append([batch, name, 1e6 * floor, 1e6 * took, took / floor])
                 if name.startswith("sdekit"):
                     report.goals.append(Goal(f"batch {batch}: {name}", took / floor, high=wanted))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result")
 
 _CONTROL_GROUPS = (  # limit and use of the control group a container runs in, versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -22,12 +26,12 @@ _OUT = ("can't allocate memory", "cannot allocate memory", "not enough memory", 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be had on a device: of CUDA what the driver has and torch holds unused, of the CPU what
-    the system calls available, within the limit of the control group.
+    the system calls available, within the limits of the control group and of the process (`ulimit -v`).
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    rooms = [_system_bytes()]
+    rooms = [_system_bytes(), *_process_bytes()]
     for limit, used in _CONTROL_GROUPS:
         most, now = _number(Path(limit)), _number(Path(used))
         if most is not None and now is not None:
@@ -49,6 +53,18 @@ def _system_bytes() -> int:
     return page * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def _process_bytes() -> list[int]:
+    """What the process may still map, if its address space is limited and the system tells how large it is."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, AttributeError, OSError, ValueError):  # not every system has these
+        return []
+    return [] if limit == resource.RLIM_INFINITY else [max(0, limit - mapped)]
+
+
 def _number(path: Path) -> int | None:
     """The number a file holds, or None ("max", or no such file)."""
     try:
@@ -58,19 +74,23 @@ def _number(path: Path) -> int | None:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operations make, for as long as each lives."""
+    """Counts the bytes of all storages that operations make, for as long as each lives; no more than `room`."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.room = room
         self.live = 0
         self.peak = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._enter(leaf.untyped_storage())
+        made = [storage for storage in _storages(out) if storage._cdata not in self._known]
+        if made:
+            given = {storage._cdata for storage in _storages((args, kwargs))}  # a view takes nothing
+            for storage in made:
+                if storage._cdata not in given:
+                    self._enter(storage)
         return out
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
@@ -80,16 +100,32 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._leave, key)
+            if self.live > self.room:
+                raise MemoryError(f"not enough memory: {self.live} bytes of tensors are more than {self.room:.0f}.")
 
     def _leave(self, key: int) -> None:
         self.live -= self._known.pop(key, 0)
 
 
-def peak_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """What `call` returns, and the bytes it added on the device at its peak, its result included.
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
-    On the CPU these are the bytes of tensors, storage by storage; what kernels take for themselves is not seen.
+
+def counted(call: Callable[[], Result], room: float = math.inf) -> tuple[Result, int]:
+    """What `call` returns, and the bytes of tensors it held at its peak, storage by storage.
+
+    The device is not asked, so nothing waits for it; what kernels take for themselves is not seen.
+
+    Raises:
+        MemoryError: It held more than `room` bytes: stopped as soon as it does.
     """
+    with _Live(room) as live:
+        result = call()
+    return result, live.peak
+
+
+def peak_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
+    """What `call` returns, and the bytes it added on the device at its peak, its result included; `counted` on CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -97,9 +133,7 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
         result = call()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    with _Live() as live:
-        result = call()
-    return result, live.peak
+    return counted(call)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -122,6 +156,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def release(device: torch.device) -> None:
-    """Gives what torch holds unused back to the device."""
+    """Gives what torch holds unused back to the device, and first what errors keep in cycles with their own frames."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

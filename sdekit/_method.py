@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ._checks import require_count, require_positive
 from ._fit import check_method
+from ._products import require_traceable
 from .controller import Controller, FixedGrid, Nats
-from .divergence import Divergence, Hutchinson, default_divergence, require_traceable
+from .divergence import Divergence, Hutchinson, default_divergence
 from .errors import ToleranceWarning
 from .grid import MixedTime
 from .loop import Carry
@@ -112,6 +113,6 @@ def check_forward_mode(divergence: Divergence, model: ScoreModel, x: Tensor, t: 
         x: (B, *event) states; the first is tried.
         t: (B,) float64 their times.
     """
-    if isinstance(divergence, Hutchinson) and divergence.mode == "jvp" and x.shape[0]:
+    if isinstance(divergence, Hutchinson) and divergence.mode != "vjp" and x.shape[0]:
         first = model.take(torch.zeros(1, dtype=torch.int64, device=x.device))
         require_traceable(lambda state: first.output(state, t[:1]), x[:1].detach())

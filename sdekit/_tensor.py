@@ -89,6 +89,8 @@ def select(mask: Tensor, new: Tree, old: Tree) -> Tree:
     """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere; leaves keep the dtype of `old`."""
 
     def choose(fresh: Tensor, kept: Tensor) -> Tensor:
+        if fresh is kept:
+            return kept
         return torch.where(mask.reshape(mask.shape + (1,) * (kept.dim() - 1)), fresh, kept)
 
     return tree_map(choose, new, old)

@@ -12,14 +12,16 @@ E |w|^2 = |A|^2 >= |S|^2 with equality for gradients, so one probe measures its 
 two independent probes of neighbouring nodes estimate without bias (`Ledger`).
 
 As elsewhere in torch, value and traces can be differentiated where x requires a gradient, and are constants elsewhere.
+
+Products take memory. How much is counted the first time that a shape is met, from the tensors that are made, and how
+many are made at once is chosen by it; where memory runs out all the same, there are fewer.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,21 +29,23 @@ from torch import Tensor
 
 from . import _random
 from ._checks import require_count
+from ._memory import free_bytes
+from ._products import Field, forward_mode, keeps_graph, reverse_mode, traced, tried, vector_jacobian
 from ._random import Stream
 from ._tensor import flatten
-from .errors import NetworkError, SdekitWarning
 
-Field = Callable[[Tensor], Tensor]
 Law = Literal["rademacher", "gaussian", "sphere"]
 
 _DRAWS = {"rademacher": _random.rademacher, "gaussian": _random.normal, "sphere": _random.sphere}
 EXACT_UP_TO = 128  # dimensions for which the exact trace is the default
 _EXACT_CONTROL = 4  # dimensions in which a control probe is replaced by the exact trace
-_CHUNK_NUMBERS = 1 << 22  # of the D x B x D numbers of an exact trace, how many basis vectors are held at once
-_DETACHED = (
-    "the network's output does not depend on its input by autograd (detached, or computed under no_grad), so its "
-    "divergence is unknown: return the output without .detach() and outside of torch.no_grad()."
-)
+# Bytes that the products of an exact trace may take at once on the CPU: from 8 to 32 million they are fastest, for
+# MLPs, the digits network and U-Nets in batches of 1 to 4096; with 100 million they take 1.2 to 1.9 times as long.
+_CACHED = 16_000_000
+_SHARE = 0.25  # of the free memory of any other device
+_MEASURED = 2  # products counted: a single one takes another way through the kernels, and less
+_FEW = 1 << 12  # of so few numbers all products are made at once, unseen
+_ROOM = 0.75  # of the free memory that a vector-Jacobian product may take before forward mode is better
 
 
 class FieldValue(NamedTuple):
@@ -84,15 +88,26 @@ class Divergence(ABC):
         """
 
 
+_Shape = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _shape(x: Tensor) -> _Shape:
+    return x.shape, x.dtype, x.device
+
+
 @dataclass(frozen=True)
 class Exact(Divergence):
     """The exact trace: D vector-Jacobian products, batched in chunks, behind one forward pass.
 
     Args:
-        chunk: Products at once; None: as many as fit 4 million numbers.
+        chunk: Products at once, at most. None: as many as take 16 MB on the CPU, elsewhere a quarter of the memory
+            that is free. Halved where memory runs out.
     """
 
     chunk: int | None = None
+    # What was found out: the bytes of a product by the event's shape, the products that fit by the batch's.
+    _bytes: dict[_Shape, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _fit: dict[_Shape, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
@@ -103,18 +118,32 @@ class Exact(Divergence):
         return 0
 
     def evaluate(self, field: Field, x: Tensor, probes: Tensor | None) -> FieldValue:
-        batch, size = x.shape[0], flatten(x).shape[1]
-        chunk = self.chunk or max(1, min(size, _CHUNK_NUMBERS // max(1, batch * size)))
-        graph = _keeps_graph(x)
-        out, leaf = _traced(field, x)
-        trace = torch.zeros(batch, dtype=torch.float64, device=x.device)
-        axes = torch.eye(size, dtype=x.dtype, device=x.device)
-        for start in range(0, size, chunk):
-            part = axes[start : start + chunk]
-            vectors = part[:, None, :].expand(part.shape[0], batch, size).reshape(-1, *x.shape)
-            rows = vector_jacobian(out, leaf, vectors, start + chunk < size, graph).flatten(2)
-            trace = trace + torch.einsum("pbd,pd->b", rows.double(), part.double())
+        size, graph = flatten(x).shape[1], keeps_graph(x)
+        out, leaf = traced(field, x)
+        trace = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        start, chunk = 0, self._chunk(x, size)
+        while start < size:
+            count = min(chunk or _MEASURED, size - start)
+            part, taken = _tried_sum(out, leaf, start, count, graph, chunk)
+            if part is None:
+                self._fit[_shape(x)] = chunk = max(1, count // 2)
+                continue
+            if chunk is None:
+                self._bytes[x.shape[1:], x.dtype, x.device] = taken / (count * x.shape[0])
+                chunk = self._chunk(x, size)
+            trace, start = trace + part, start + count
         return FieldValue(out if graph else out.detach(), trace[:, None], None)
+
+    def _chunk(self, x: Tensor, size: int) -> int | None:
+        """Products at once, at least 1; None where what one takes is to be measured."""
+        fit = self._fit.get(_shape(x), self.chunk)
+        if fit is not None or x.shape[0] * size**2 <= _FEW:
+            return fit or max(1, size)
+        taken = self._bytes.get((x.shape[1:], x.dtype, x.device))
+        if taken is None:
+            return None
+        room = _CACHED if x.device.type == "cpu" else _SHARE * free_bytes(x.device)
+        return self._fit.setdefault(_shape(x), max(1, int(room / max(taken * x.shape[0], 1.0))))
 
 
 @dataclass(frozen=True)
@@ -130,21 +159,25 @@ class Hutchinson(Divergence):
             `solver_error` then covers as it does with exact traces. In up to 4 dimensions, where one probe may hide
             most of an error, the control is the exact trace (D products).
         law: "rademacher" (the default: no variance from the diagonal), "gaussian" or "sphere".
-        mode: "vjp", or "jvp" where memory decides; falls back to vjp where a kernel has no forward mode.
+        mode: "vjp"; "jvp", which keeps no graph, so takes less memory in deep networks only, and about twice the time
+            (docs/decisions), and falls back to vjp where a kernel has no forward mode; or "auto": vjp unless it takes
+            more than three quarters of the memory that is free when a shape is first met, or all, and jvp does not.
     """
 
     probes: int = 1
     fresh: bool = True
     control: bool = False
     law: Law = "rademacher"
-    mode: Literal["vjp", "jvp"] = "vjp"
+    mode: Literal["vjp", "jvp", "auto"] = "vjp"
+    # What "auto" found to fit, by the shape of the vectors.
+    _modes: dict[_Shape, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_count("probes", self.probes)
         if self.law not in _DRAWS:
             raise ValueError(f"law={self.law!r}; one of {sorted(_DRAWS)} is needed.")
-        if self.mode not in ("vjp", "jvp"):
-            raise ValueError(f"mode={self.mode!r}; 'vjp' or 'jvp' is needed.")
+        if self.mode not in ("vjp", "jvp", "auto"):
+            raise ValueError(f"mode={self.mode!r}; 'vjp', 'jvp' or 'auto' is needed.")
         if self.control and not self.fresh:
             raise ValueError("control=True with fresh=False; fixed probes control the error themselves: drop control.")
 
@@ -161,13 +194,25 @@ class Hutchinson(Divergence):
 
     def push(self, field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The field's value at `x` (B, *event), and the products (P, B, *event) of P vectors with its Jacobian."""
-        graph = _keeps_graph(x)  # then by vjp: the forward rules of many kernels cannot be differentiated again
-        if self.mode == "jvp" and not graph:
-            result = _forward_mode(field, x, vectors)
-            if result is not None:
-                return result
-        out, leaf = _traced(field, x)
-        return out if graph else out.detach(), vector_jacobian(out, leaf, vectors, False, graph)
+        graph = keeps_graph(x)  # then by vjp: the forward rules of many kernels cannot be differentiated again
+        if self.mode == "auto" and not graph:
+            return self._fitting(field, x, vectors)
+        pushed = forward_mode(field, x, vectors) if self.mode == "jvp" and not graph else None
+        return reverse_mode(field, x, vectors) if pushed is None else pushed
+
+    def _fitting(self, field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and products in reverse mode where that fits, else in forward mode where that does."""
+        seen = _shape(vectors)
+        known = self._modes.get(seen)
+        room = math.inf if known else _ROOM * free_bytes(x.device)
+        result, mode = None, "vjp"
+        if known != "jvp":
+            result, _ = tried(lambda: reverse_mode(field, x, vectors), x.device, known is None, room)
+        if result is None:
+            result, _ = tried(lambda: forward_mode(field, x, vectors), x.device, known is None, room)
+            mode = "vjp" if result is None else "jvp"
+        self._modes[seen] = mode
+        return reverse_mode(field, x, vectors) if result is None else result
 
     @staticmethod
     def keys(seed: int, indices: Tensor) -> Tensor:
@@ -202,6 +247,27 @@ def traces_of(probes: Tensor, products: Tensor) -> Tensor:
     return (probes * products).sum(2, dtype=torch.float64).T
 
 
+def _tried_sum(
+    out: Tensor, leaf: Tensor, start: int, count: int, graph: bool, chunk: int | None
+) -> tuple[Tensor | None, int]:
+    """(B,) float64 sum of `count` diagonal entries from `start` on, and the bytes it took, counted without a `chunk`.
+
+    None instead where memory ran out and fewer at once are possible.
+    """
+
+    def total() -> Tensor:
+        vectors = torch.zeros(count, *out.shape, dtype=out.dtype, device=out.device)
+        vectors.flatten(2).diagonal(start, 0, 2).fill_(1.0)
+        return (
+            vector_jacobian(out, leaf, vectors, True, graph)
+            .flatten(2)
+            .diagonal(start, 0, 2)
+            .sum(1, dtype=torch.float64)
+        )
+
+    return (total(), 0) if chunk == 1 else tried(total, out.device, chunk is None)
+
+
 def default_divergence(size: int, fresh: bool = True) -> Divergence:
     """The divergence where none is asked for: exact up to 128 dimensions, one probe beyond.
 
@@ -210,79 +276,3 @@ def default_divergence(size: int, fresh: bool = True) -> Divergence:
         fresh: Whether the probes may be new at every node.
     """
     return Exact() if size <= EXACT_UP_TO else Hutchinson(fresh=fresh)
-
-
-def require_traceable(field: Field, x: Tensor) -> None:
-    """Raises NetworkError if the output of `field` at `x` does not depend on it by autograd.
-
-    Forward mode cannot tell: there a detached output has a derivative of zero.
-    """
-    out, leaf = _traced(field, x)
-    vector_jacobian(out, leaf, torch.ones_like(out)[None], False, False)
-
-
-def _keeps_graph(x: Tensor) -> bool:
-    """Whether what is computed from `x` is to be differentiated."""
-    return torch.is_grad_enabled() and x.requires_grad
-
-
-def _traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The field's value with its graph, and what it is to be differentiated by: `x` where that has a graph itself."""
-    leaf = x if _keeps_graph(x) else x.detach().requires_grad_()
-    with torch.enable_grad():
-        out = field(leaf)
-    if not out.requires_grad:
-        raise NetworkError(_DETACHED)
-    return out, leaf
-
-
-def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool = False) -> Tensor:
-    """(P, B, *event) products of P vectors with the Jacobian, in one batched backward pass where kernels allow.
-
-    Args:
-        out: The field's value.
-        leaf: What it is differentiated by.
-        vectors: (P, B, *event).
-        keep: Whether `out` is to be differentiated again.
-        graph: Whether the products are.
-    """
-    if vectors.shape[0] == 1:
-        rows = torch.autograd.grad(
-            out, leaf, vectors[0], retain_graph=keep or graph, create_graph=graph, allow_unused=True
-        )
-        if rows[0] is None:
-            raise NetworkError(_DETACHED)
-        return rows[0][None]
-    try:
-        batched = torch.autograd.grad(
-            *(out, leaf, vectors), retain_graph=True, create_graph=graph, is_grads_batched=True, allow_unused=True
-        )[0]
-    except RuntimeError:  # a kernel without a batching rule: one product after another gives the same numbers
-        batched = torch.stack(
-            [torch.autograd.grad(out, leaf, v, retain_graph=True, create_graph=graph)[0] for v in vectors]
-        )
-    if batched is None:
-        raise NetworkError(_DETACHED)
-    return batched
-
-
-def _forward_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Value and (P, B, *event) Jacobian-vector products in forward mode; None where a kernel lacks it."""
-
-    def push(vector: Tensor) -> tuple[Tensor, Tensor]:
-        pushed = torch.func.jvp(field, (x,), (vector,))
-        return pushed[0], pushed[1]
-
-    try:
-        if vectors.shape[0] == 1:
-            value, tangent = push(vectors[0])
-            return value.detach(), tangent.detach()[None]
-        value, tangents = torch.func.vmap(push, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
-        return value.detach(), tangents.detach()
-    except (NetworkError, NotImplementedError, RuntimeError) as error:  # a ScoreModel wraps its kernels' errors
-        warnings.warn(
-            f"a kernel of the network has no forward mode ({str(error).splitlines()[0]}); using mode='vjp'.",
-            SdekitWarning,
-            stacklevel=2,
-        )
-        return None

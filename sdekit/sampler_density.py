@@ -35,9 +35,9 @@ from ._checks import (
     require_shape,
 )
 from ._fit import check_grid_ends, check_method
+from ._products import require_traceable, vector_jacobian
 from ._tensor import column, flatten, working
 from .controller import FixedGrid
-from .divergence import require_traceable, vector_jacobian
 from .driver import Limits, drive
 from .errors import NetworkError, SdekitWarning
 from .grid import likelihood as likelihood_grid

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import nn
 
 import sdekit
 from sdekit import _memory, chunking
-from sdekit._memory import free_bytes, peak_of, ran_out
+from sdekit._memory import counted, free_bytes, peak_of, ran_out
 from sdekit.chunking import chunked
 from sdekit.comparison import log_ratio
 from sdekit.discrete import discrete_log_likelihood
@@ -151,6 +154,37 @@ class TestMemory:
         )
         assert many > 10 * one / 2
 
+    def test_a_view_of_what_was_there_takes_nothing(self):
+        weight = torch.zeros(1000, dtype=torch.float64)
+        assert peak_of(lambda: weight.reshape(10, 100).T[2:], CPU)[1] == 0
+        assert peak_of(lambda: weight.reshape(10, 100).T.contiguous(), CPU)[1] == 8_000
+
+    def test_what_would_not_fit_is_stopped_when_it_does_not(self):
+        made = []
+
+        def work():
+            for _ in range(10):
+                made.append(torch.zeros(1000, dtype=torch.float64))  # 8,000 bytes
+            return len(made)
+
+        assert counted(work, 80_000) == (10, 80_000)
+        made.clear()
+        with pytest.raises(MemoryError, match="40000 bytes") as caught:
+            counted(work, 39_999)
+        assert ran_out(caught.value)
+        assert len(made) == 4
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not say what is mapped")
+    def test_a_limit_of_the_process_counts(self):
+        code = (
+            "import resource, torch; from sdekit._memory import free_bytes\n"
+            "mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (mapped + 10**9, -1))\n"
+            "print(free_bytes(torch.device('cpu')))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert 0.9e9 < int(done.stdout) <= 1e9
+
     @pytest.mark.parametrize("divergence", [sdekit.Exact(), sdekit.Hutchinson(4)])
     def test_the_chunk_chosen_stays_within_the_share_and_uses_it(self, monkeypatch, divergence):
         """Of 3 MB at most half is taken, and at the end most of that; half a MB goes to what any solve begins with."""
@@ -227,6 +261,31 @@ class TestMemory:
         assert free_bytes(CPU) == 3200
         monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((tmp_path / "none", tmp_path / "used"),))
         assert free_bytes(CPU) > 3200
+
+    def test_what_ran_out_of_memory_is_gone_before_the_next_try(self):
+        """Errors hold their frames, whose variables hold the errors: cycles, which only the collector opens."""
+        alive: list[weakref.ref[torch.Tensor]] = []
+
+        def net(x, label):
+            assert all(one() is None for one in alive)
+            kept = torch.ones(10)
+            alive.append(weakref.ref(kept))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            alive.clear()
+            return 0.0 * x
+
+        model = sdekit.ScoreModel(Function(net), VP)
+        gc.disable()
+        try:
+            found = chunked(
+                lambda part, rows: sdekit.log_likelihood(model, part, nodes=3, indices=rows).log_prob,
+                draw(1, 8, 2),
+                chunk=8,
+            )
+        finally:
+            gc.enable()
+        assert found.shape == (8,)
 
     def test_under_a_real_limit_it_finishes_what_the_whole_does_not(self):
         """A process of limited address space: 64 samples of 8 MB do not fit at once, and do in chunks."""

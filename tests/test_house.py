@@ -34,6 +34,7 @@ ORDER = [
     "_components",
     "targets",
     "grid",
+    "_products",
     "divergence",
     "ledger",
     "terms",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import require_count, require_positive
+from .._tensor import flatten
 
 
 class LabelFeatures(nn.Module):
@@ -112,7 +113,7 @@ class MLP(nn.Module):
         """The output for states (B, *event), time labels (B,) and classes (B,), the shape of `x`."""
         _require_event(x, self.event)
         vector = self.conditioning(label, y)
-        h = self.enter(x.reshape(x.shape[0], -1)) + vector
+        h = self.enter(flatten(x)) + vector
         for norm, layer in zip(self.norms, self.hidden, strict=True):
             new = self.dropout(layer(F.silu(norm(h) + vector)))
             h = h + new if self.residual else new

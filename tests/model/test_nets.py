@@ -48,6 +48,11 @@ def test_a_sample_alone_gets_what_it_gets_in_a_batch(case):
     torch.testing.assert_close(together, alone, rtol=1e-11, atol=1e-12)
 
 
+def test_an_empty_batch_comes_back_empty(case):
+    net, x, label, y = case
+    assert net(x[:0], label[:0], y[:0]).shape == (0, *x.shape[1:])
+
+
 def test_permuting_the_batch_permutes_the_output(case):
     net, x, label, y = case
     order = torch.tensor([3, 0, 4, 1, 2])

@@ -1,0 +1,134 @@
+"""Products of vectors with the Jacobian of a field, behind one evaluation of it, and within the memory there is.
+
+reverse mode   v -> A' v   from the graph of one forward pass, which is kept: any number of vectors
+forward mode   v -> A v    along with the forward pass, nothing kept
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ._memory import counted, ran_out, release
+from .errors import NetworkError, SdekitWarning
+
+Field = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
+
+_DETACHED = (
+    "the network's output does not depend on its input by autograd (detached, or computed under no_grad), so its "
+    "divergence is unknown: return the output without .detach() and outside of torch.no_grad()."
+)
+
+
+def require_traceable(field: Field, x: Tensor) -> None:
+    """Raises NetworkError if the output of `field` at `x` does not depend on it by autograd.
+
+    Forward mode cannot tell: there a detached output has a derivative of zero.
+    """
+    out, leaf = traced(field, x)
+    vector_jacobian(out, leaf, torch.ones_like(out)[None], False, False)
+
+
+def keeps_graph(x: Tensor) -> bool:
+    """Whether what is computed from `x` is to be differentiated."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def traced(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The field's value with its graph, and what it is to be differentiated by: `x` where that has a graph itself."""
+    leaf = x if keeps_graph(x) else x.detach().requires_grad_()
+    with torch.enable_grad():
+        out = field(leaf)
+    if not out.requires_grad:
+        raise NetworkError(_DETACHED)
+    return out, leaf
+
+
+def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool = False) -> Tensor:
+    """(P, B, *event) products of P vectors with the Jacobian, in one batched backward pass where kernels allow.
+
+    Args:
+        out: The field's value.
+        leaf: What it is differentiated by.
+        vectors: (P, B, *event).
+        keep: Whether `out` is to be differentiated again.
+        graph: Whether the products are.
+    """
+    if vectors.shape[0] == 1:
+        rows = torch.autograd.grad(
+            out, leaf, vectors[0], retain_graph=keep or graph, create_graph=graph, allow_unused=True
+        )
+        if rows[0] is None:
+            raise NetworkError(_DETACHED)
+        return rows[0][None]
+    try:
+        batched = torch.autograd.grad(
+            *(out, leaf, vectors), retain_graph=True, create_graph=graph, is_grads_batched=True, allow_unused=True
+        )[0]
+    except RuntimeError as error:  # a kernel without a batching rule: one product after another gives the same numbers
+        if ran_out(error):
+            raise
+        batched = torch.stack(
+            [torch.autograd.grad(out, leaf, v, retain_graph=True, create_graph=graph)[0] for v in vectors]
+        )
+    if batched is None:
+        raise NetworkError(_DETACHED)
+    return batched
+
+
+def reverse_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and (P, B, *event) vector-Jacobian products; they keep their graph where `x` has one."""
+    graph = keeps_graph(x)
+    out, leaf = traced(field, x)
+    products = vector_jacobian(out, leaf, vectors, False, graph)
+    return out if graph else out.detach(), products
+
+
+def forward_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Value and (P, B, *event) Jacobian-vector products in forward mode; None where a kernel lacks it."""
+
+    def push(vector: Tensor) -> tuple[Tensor, Tensor]:
+        pushed = torch.func.jvp(field, (x,), (vector,))
+        return pushed[0], pushed[1]
+
+    try:
+        if vectors.shape[0] == 1:
+            value, tangent = push(vectors[0])
+            return value.detach(), tangent.detach()[None]
+        value, tangents = torch.func.vmap(push, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
+        return value.detach(), tangents.detach()
+    except (NetworkError, NotImplementedError, RuntimeError) as error:  # a ScoreModel wraps its kernels' errors
+        if ran_out(error):
+            raise
+        warnings.warn(
+            f"a kernel of the network has no forward mode ({str(error).splitlines()[0]}); using mode='vjp'.",
+            SdekitWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def tried(
+    call: Callable[[], Result], device: torch.device, count: bool = False, room: float = math.inf
+) -> tuple[Result | None, int]:
+    """What `call` returns, None where memory ran out; and the bytes of tensors it took, where they are counted.
+
+    Args:
+        call: Makes products.
+        device: Where.
+        count: Whether to count.
+        room: Bytes; where more are counted, memory has run out.
+    """
+    try:
+        return counted(call, room) if count else (call(), 0)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    release(device)  # outside of the handler, whose error holds the tensors of its frames
+    return None, 0
