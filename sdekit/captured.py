@@ -66,17 +66,18 @@ class Captured:
         around = ScoreModel(model.net, model.sde, model.parameterization, model.data_std, bound)
         self._problem, self._carry = having(problem, own, around), tree_map(torch.clone, carry)
         self._left = torch.zeros((), dtype=torch.int64, device=carry.s.device)
+        here = torch.cuda.current_stream(carry.s.device)
         stream = torch.cuda.Stream(carry.s.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(carry.s.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):  # kernels are chosen and small tables made; a network that fails, fails here
-                advance(self._problem, self._buffers)
-        torch.cuda.current_stream(carry.s.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):  # kernels are chosen and small tables made
+                    advance(self._problem, self._buffers)
+            here.wait_stream(stream)
             with torch.cuda.graph(graph):
                 self._in_place()
-        except NetworkError as error:
+        except NetworkError as error:  # eagerly it fails in its place, with what was done before
             raise CannotCompileError(f"the network cannot be captured: {error}") from error
         except RuntimeError as error:
             raise CannotCompileError(f"the step cannot be captured: {str(error).splitlines()[0]}") from error
