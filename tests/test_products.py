@@ -194,7 +194,7 @@ def test_where_neither_fits_it_is_tried_in_reverse_mode(monkeypatch):
     room_of(monkeypatch, 1.0)
     net, x, v = deep(10), draw(1, 5, 10), drawn(Hutchinson(), 5, 10)
     field, auto = Counting(net), Hutchinson(mode="auto")
-    for calls in (3, 4):
+    for calls in (2, 3):  # forward mode is stopped before it asks the field
         found = auto.evaluate(field, x, v)
         torch.testing.assert_close(found.products, Hutchinson().evaluate(net, x, v).products, rtol=1e-12, atol=0)
         assert field.calls == calls
