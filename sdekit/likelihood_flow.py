@@ -84,6 +84,8 @@ class LikelihoodFlow(Term):
         self.mixed = mixed_time(model.sde, model.data_std) if mixed is None else mixed
         self._ask = self._asked if ask is None else ask
         self._variance = model.data_std**2
+        self._fixed: Tensor | None = None
+        self._redraws = False
 
     @property
     def has_density(self) -> bool:
@@ -112,13 +114,15 @@ class LikelihoodFlow(Term):
         return isinstance(self.divergence, Hutchinson) and not self.fresh and self.divergence.probes == 1
 
     def take(self, rows: Tensor) -> LikelihoodFlow:
-        return self.around(self.model.take(rows), (self.keys[rows],))
+        return LikelihoodFlow(self.model.take(rows), self.divergence, self.event, self.keys[rows], self.mixed)
 
     def parts(self) -> tuple[Tensor, ...]:
         return (self.keys,)
 
     def around(self, model: ScoreModel, parts: tuple[Tensor, ...], ask: Ask | None = None) -> LikelihoodFlow:
-        return LikelihoodFlow(model, self.divergence, self.event, parts[0], self.mixed, ask)
+        other = LikelihoodFlow(model, self.divergence, self.event, parts[0], self.mixed, ask)
+        other._redraws = True  # the keys may be written to: other samples will take the place of these
+        return other
 
     def coordinate(self, t: Tensor) -> Tensor:
         return self.mixed.coordinate(t)
@@ -167,9 +171,7 @@ class LikelihoodFlow(Term):
         if self.divergence is None:
             out = self._field(x, t)
             return out, torch.zeros(x.shape[0], 0, dtype=torch.float64, device=x.device), None, None
-        probes = None
-        if isinstance(self.divergence, Hutchinson):
-            probes = self.divergence.draw(self.keys, node, x.shape[1], x.dtype)
+        probes = self._probes(x, node)
         out, traces, products = self._ask(x, t, probes)
         traces = traces * jacobian[:, None]
         if probes is None or products is None or not isinstance(self.divergence, Hutchinson):
@@ -181,6 +183,17 @@ class LikelihoodFlow(Term):
                 traces = torch.cat((traces[:, :count], traces[:, count:].mean(1, keepdim=True)), 1)
             return out, traces, None, note(probes[:count], products[:, :count])
         return out, traces, products[:, 0] if self.keeps_product else None, None
+
+    def _probes(self, x: Tensor, node: Tensor) -> Tensor | None:
+        """(P, B, D) the probes of this node; those that stay are drawn once."""
+        if not isinstance(self.divergence, Hutchinson):
+            return None
+        if self._fixed is None or self._fixed.dtype != x.dtype:
+            drawn = self.divergence.draw(self.keys, node, x.shape[1], x.dtype)
+            if self.fresh or self._redraws:
+                return drawn
+            self._fixed = drawn
+        return self._fixed
 
     def _field(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, D) the network's own output at x (B, D)."""
