@@ -1,19 +1,18 @@
 """How long a call takes, and what more there may be to choose.
 
 On the CPU it is CPU time of the process, so that other work on the machine hardly counts; on CUDA it is the wall clock
-between two points at which the device has finished. The least of a few repeats, after one that is not counted.
+between two points at which the device has finished. The least of a few repeats, after one that is not counted; ratios
+are medians of runs side by side.
 """
 
 from __future__ import annotations
 
-import inspect
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-import sdekit
 
 
 def best_device() -> torch.device:
@@ -47,9 +46,10 @@ def least(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
     return min(timed(call, device) for _ in range(repeats))
 
 
-def least_each(solve: Callable[[], float], repeats: int, device: torch.device) -> float:
+def least_each(solve: Callable[[], float], repeats: int, device: torch.device, warm: bool = True) -> float:
     """Least seconds an evaluation of the network; `solve` returns how many it made."""
-    solve()
+    if warm:
+        solve()
     took = []
     for _ in range(repeats):
         began = clock(device)
@@ -58,17 +58,27 @@ def least_each(solve: Callable[[], float], repeats: int, device: torch.device) -
     return min(took)
 
 
-# Removed once every door has these arguments.
+def paired(
+    solve: Callable[[], float], floor: Callable[[], float], repeats: int, device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds an evaluation of `floor` and of `solve`, and the ratio of the two: medians.
 
-
-def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """Those of the options that the function takes."""
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in known}
+    Each run of `solve` stands between two of the floor, long enough to be as disturbed as it: the least of many short
+    runs of a floor would meet quiet moments that no long run does.
+    """
+    calls = solve()
+    times = max(1, round(calls / floor()))
+    floors, solves, ratios = [], [], []
+    for _ in range(repeats):
+        before = least_each(lambda: sum(floor() for _ in range(times)), 1, device, warm=False)
+        took = least_each(solve, 1, device, warm=False)
+        after = least_each(lambda: sum(floor() for _ in range(times)), 1, device, warm=False)
+        floors.append(0.5 * (before + after))
+        solves.append(took)
+        ratios.append(took / floors[-1])
+    return statistics.median(floors), statistics.median(solves), statistics.median(ratios)
 
 
 def runtimes(device: torch.device) -> tuple[str, ...]:
     """How the steps between the network's calls can be computed, as `log_likelihood` takes it."""
-    if not accepted(sdekit.log_likelihood, runtime="auto"):
-        return ("eager",)
-    return ("auto", "eager", "compile", *(("graph",) if device.type == "cuda" else ()))
+    return ("eager", "compile", *(("graph",) if device.type == "cuda" else ()))
