@@ -36,12 +36,14 @@ from .common import Goal, Report, arguments, cached, digest
 from .overhead import bare
 from .peers import PEERS, _Field, fixed_probe
 from .samplers import k_diffusion
-from .timing import accepted, best_device, clock, device_name, least_each, runtimes
+from .timing import best_device, clock, device_name, least_each, paired, runtimes
 
 STD, SEED = 0.5, 0
+NODES = 48  # of the solves in which what is added is measured
 LADDER = (24, 32, 36, 40, 48, 64, 96, 128)
 CHECKED = 4  # samples whose error is measured
 PROBE = sdekit.Hutchinson(probes=1, fresh=False)
+_READY: set[tuple[str, float | None]] = set()  # solves whose kernels are made
 
 
 class Sized(nn.Module):
@@ -156,15 +158,15 @@ def ours(runtime: str, **how: float) -> Callable[[sdekit.ScoreModel, Tensor, Ten
     """By `nodes` or `tolerance`; graphs or kernels are made before the clock starts."""
 
     def run(model: sdekit.ScoreModel, x: Tensor, probe: Tensor) -> Answer:
-        options = accepted(sdekit.log_likelihood, runtime=runtime)
-
         def solve() -> sdekit.LogLikelihood:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return sdekit.log_likelihood(model, x, divergence=PROBE, throw=False, **how, **options)  # type: ignore[arg-type]
+                return sdekit.log_likelihood(model, x, divergence=PROBE, throw=False, runtime=runtime, **how)  # type: ignore[arg-type]
 
-        if options and runtime != "eager":
+        kind = runtime, how.get("tolerance")
+        if runtime != "eager" and kind not in _READY:
             solve()
+            _READY.add(kind)
         began = clock(x.device)
         found = solve()
         return Answer(found.log_prob.cpu(), float(found.stats.calls), clock(x.device) - began)
@@ -207,34 +209,44 @@ def compare(report: Report, batch: int, quick: bool) -> None:
         methods["k-diffusion"] = with_k_diffusion
     except ModuleNotFoundError:
         pass
-    first = runtimes(device)[0]
+    first = runtimes(device)[-1]
     for nodes in (24, 64) if quick else LADDER:
         methods[f"sdekit, nodes={nodes}, {first}"] = ours(first, nodes=nodes)
     for tolerance in (1.0,) if quick else (10.0, 5.0, 3.0, 1.0, 0.3):
-        methods[f"sdekit, tolerance={tolerance:g}, {first}"] = ours(first, tolerance=tolerance)
-    for runtime in runtimes(device)[1:]:
-        methods[f"sdekit, nodes=64, {runtime}"] = ours(runtime, nodes=64)
+        methods[f"sdekit, tolerance={tolerance:g}, eager"] = ours("eager", tolerance=tolerance)
     answers, errors = {}, {}
     for name, method in tqdm(methods.items(), desc=f"batch {batch}"):
         found = answers[name] = method(model, x, probe)
         errors[name] = float((found.log_prob[few].cpu() - truth).abs().max())
         base = answers["score_sde's algorithm"].seconds
-        floor = min(floor, least_each(lambda: bare(model, x, probe.reshape(x.shape), 5), 1, device))
         table.rows.append(
             [name, found.evaluations, errors[name], found.seconds, base / found.seconds,
              found.seconds / (found.evaluations * floor)]
         )  # fmt: skip
-    table.note = f"Forward + vjp: {1e3 * floor:.1f} ms."
+    table.note = f"Forward + vjp: {1e3 * floor:.1f} ms, the least of 2 x 5; what a solve adds to it is measured below."
     aim = errors["score_sde's algorithm"]
-    mine = [name for name in methods if name.endswith(first) and name.startswith("sdekit")]
+    mine = [name for name in methods if name.startswith("sdekit")]
     close = [name for name in mine if errors[name] <= aim]
     fastest = min(close, key=lambda name: answers[name].seconds, default="")
     chosen = fastest or min(mine, key=lambda name: errors[name])
     label = f"batch {batch}: {chosen} ({errors[chosen]:.1e} nats where score_sde's algorithm leaves {aim:.1e})"
     report.goals.append(Goal(f"{label}: times faster", base / answers[chosen].seconds, 5.0))
-    longest = max((name for name in mine if "nodes" in name), key=lambda name: answers[name].evaluations)
-    over = answers[longest].seconds / (answers[longest].evaluations * floor)
-    report.goals.append(Goal(f"batch {batch}: {longest}: time over evaluations x (forward + vjp)", over, high=1.03))
+    report.save(final=False)
+    rows = report.table(
+        f"batch {batch}: an evaluation in a solve of {NODES} nodes beside the bare network, side by side",
+        ["runtime", "forward + vjp, ms", "an evaluation, ms", "ratio"],
+    )
+    for runtime in runtimes(device):
+        solve = ours(runtime, nodes=NODES)
+        one, took, ratio = paired(
+            lambda solve=solve: solve(model, x, probe).evaluations,  # type: ignore[misc]
+            lambda: bare(model, x, probe.reshape(x.shape), 4),
+            2 if quick else 5,
+            device,
+        )
+        rows.rows.append([runtime, 1e3 * one, 1e3 * took, ratio])
+        name = f"batch {batch}: nodes={NODES}, {runtime}: time over evaluations x (forward + vjp)"
+        report.goals.append(Goal(name, ratio, high=1.03))
     report.save(final=False)
 
 
