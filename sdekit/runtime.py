@@ -120,7 +120,8 @@ class Compiled:
 
     def enter(self, problem: Problem, carry: Carry) -> None:
         self._problem, self._like = problem, carry
-        self._given, self._leaves = own_parts(problem), leaves(carry)
+        self._given = [part.contiguous() for part in own_parts(problem)]  # as the trace had them
+        self._leaves = [leaf.contiguous() for leaf in leaves(carry)]
 
     def advance(self) -> Tensor:
         *self._leaves, left = run(self._program, self._problem.term, (*self._given, *self._leaves))

@@ -33,6 +33,8 @@ class TestCompiled:
             x = TARGET.sample(count, generator=torch.Generator().manual_seed(count))
             eager, fast = (sdekit.log_likelihood(model, x, runtime=how) for how in ("eager", "compile"))
             same(fast, eager)
+        x = TARGET.sample(5).T.contiguous().T  # in another order in memory
+        same(sdekit.log_likelihood(EXACT, x, runtime="compile"), sdekit.log_likelihood(EXACT, x.contiguous()))
         before = len(compiled._programs)
         sdekit.log_likelihood(EXACT, TARGET.sample(3), seed=9, runtime="compile")
         assert len(compiled._programs) == before, "the same kind of solve was compiled again"
