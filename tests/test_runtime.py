@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from helpers import SDES, Function, draw, mixture, perceptron, watched
@@ -25,6 +27,7 @@ def same(ours, theirs, atol=1e-9):
     assert torch.equal(ours.status, theirs.status)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
 class TestCompiled:
     """One compilation each: some seconds."""
 
