@@ -76,7 +76,7 @@ class Controller(ABC):
 
 
 class GridState(NamedTuple):
-    """(B, n + 1) nodes in the term's coordinate; (B,) int64 nodes reached; nats indicated, squared nats rounded."""
+    """(B, n + 1 or more) nodes in the term's coordinate; (B,) int64 nodes reached; nats indicated, squared nats rounded."""
 
     nodes: Tensor
     place: Tensor
@@ -97,6 +97,8 @@ class FixedGrid(Controller):
 
     times: Tensor
 
+    _ALIKE = 64  # the end is repeated up to a multiple of it: grids of similar length are then compiled once
+
     def __post_init__(self) -> None:
         times = self.times
         if not isinstance(times, Tensor) or times.dim() != 1 or times.shape[0] < 2:
@@ -116,7 +118,7 @@ class FixedGrid(Controller):
         # A solve that starts inside of the grid (`t` with `nodes` in log_likelihood) shrinks it to what remains.
         share = (grid[1:-1] - grid[0]) / (grid[-1] - grid[0])
         inner = s0[:, None] + share * (s_end - s0)[:, None]
-        nodes = torch.cat((s0[:, None], inner, s_end[:, None]), 1)
+        nodes = torch.cat((s0[:, None], inner, s_end[:, None].expand(-1, 1 + -len(grid) % self._ALIKE)), 1)
         return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0), torch.zeros_like(s0))
 
     def target(self, s: Tensor, s_end: Tensor, state: GridState) -> Tensor:
