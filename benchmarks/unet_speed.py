@@ -212,7 +212,7 @@ def compare(report: Report, batch: int, quick: bool) -> None:
     first = runtimes(device)[-1]
     for nodes in (24, 64) if quick else LADDER:
         methods[f"sdekit, nodes={nodes}, {first}"] = ours(first, nodes=nodes)
-    for tolerance in (1.0,) if quick else (10.0, 7.0, 5.0, 3.0, 1.0):
+    for tolerance in (1.0,) if quick else (10.0, 8.0, 7.0, 5.0, 3.0):
         methods[f"sdekit, tolerance={tolerance:g}, {first}"] = ours(first, tolerance=tolerance)
     answers, errors = {}, {}
     for name, method in tqdm(methods.items(), desc=f"batch {batch}"):

@@ -84,9 +84,15 @@ def test_of_few_numbers_all_products_are_made_at_once(watch):
     assert watched.asked == [16]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
-@pytest.mark.parametrize("chunk", [None, 40, 24])
-@pytest.mark.parametrize("most", [1, 5])
+@pytest.mark.parametrize(
+    ("most", "chunk", "error"),
+    [
+        (1, None, torch.OutOfMemoryError),
+        (5, None, MemoryError),
+        (5, 24, RuntimeError),
+        (1, 40, torch.OutOfMemoryError),
+    ],
+)
 def test_where_memory_runs_out_fewer_products_give_the_same_trace(most, chunk, error, watch):
     net, x = deep(40), draw(1, 30, 40)
     expected = Exact().evaluate(net, x, None).traces
@@ -194,10 +200,11 @@ def test_where_neither_fits_it_is_tried_in_reverse_mode(monkeypatch):
     room_of(monkeypatch, 1.0)
     net, x, v = deep(10), draw(1, 5, 10), drawn(Hutchinson(), 5, 10)
     field, auto = Counting(net), Hutchinson(mode="auto")
-    for calls in (2, 3):  # forward mode is stopped before it asks the field
+    for most in (3, 1):  # what was found out is kept
+        before = field.calls
         found = auto.evaluate(field, x, v)
         torch.testing.assert_close(found.products, Hutchinson().evaluate(net, x, v).products, rtol=1e-12, atol=0)
-        assert field.calls == calls
+        assert field.calls - before <= most
 
 
 def test_a_likelihood_in_little_room_is_that_of_forward_mode(monkeypatch):

@@ -207,6 +207,7 @@ def test_signs_are_signs():
     keys = _random.sample_keys(2, Stream.PROBE, torch.arange(50))
     x = _random.rademacher(keys, torch.zeros_like(keys), 100, torch.float32)
     assert torch.equal(x.abs(), torch.ones_like(x))
+    assert x.untyped_storage().nbytes() == 4 * 50 * 100  # and nothing more is kept of the words they came from
 
 
 def test_known_answers_do_not_change():

@@ -48,8 +48,7 @@ def rounded(model, x, dtype, divergence, nodes):
     return narrow, (narrow.log_prob - wide.log_prob).abs(), wide
 
 
-@pytest.mark.parametrize("nodes", [32, 96])
-@pytest.mark.parametrize("divergence", [sdekit.Exact(), sdekit.Hutchinson()], ids=["exact", "probe"])
+@pytest.mark.parametrize(("divergence", "nodes"), [(sdekit.Exact(), 32), (sdekit.Hutchinson(), 64)], ids=repr)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_rounding_line_covers_a_half_precision_network_on_a_mixture(dtype, divergence, nodes):
     """All of 128 points. The line is a bound, no estimate: from ten to a thousand times the error."""
