@@ -92,11 +92,8 @@ def rademacher(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> 
     place = torch.arange(8, dtype=torch.int64, device=keys.device)
     bits = torch.bitwise_right_shift(torch.arange(256, dtype=torch.int64, device=keys.device)[:, None], place) & 1
     signs = (2 * bits - 1).to(dtype)
-    return (
-        F.embedding(torch.bitwise_right_shift(drawn[:, :, None], 8 * place) & 255, signs)
-        .flatten(1)[:, :size]
-        .contiguous()
-    )
+    octets = torch.bitwise_right_shift(drawn[:, :, None], 8 * place) & 255
+    return F.embedding(octets, signs).flatten(1)[:, :size].contiguous()
 
 
 def normal(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
