@@ -76,7 +76,7 @@ class Controller(ABC):
 
 
 class GridState(NamedTuple):
-    """(B, n + 1 or more) nodes in the term's coordinate; (B,) int64 nodes reached; nats indicated, squared nats lost."""
+    """(B, n + 1 or more) nodes in the coordinate; (B,) int64 nodes reached; nats indicated, squared nats lost."""
 
     nodes: Tensor
     place: Tensor
