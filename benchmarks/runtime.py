@@ -152,7 +152,7 @@ def overheads(report: Report, device: torch.device, quick: bool) -> None:
     model = model_on(device)
     for batch in tqdm((1, 64) if quick else tuple(FIXED), desc="overhead"):
         x = points(batch, device)
-        probe, repeats = fixed_probe(x), 2 if quick else 5 if batch > 64 else 20
+        probe, repeats = fixed_probe(x), 2 if quick or batch > 64 else 12
         floors = {
             "vjp": lambda: bare(model, x, probe, 20 if batch < 1024 else 5),
             "forward": lambda: forwards(model, x, 50),
