@@ -273,7 +273,8 @@ def main() -> None:
             "the equations",
             OWN,
             f"References by DOP853 at {_TIGHT:g} on patches (1e-11 elsewhere); their own error is the difference to "
-            "a solve 100 times looser, nats, the largest of the samples (of networks, of the first few). Bits per dimension: one probe a patch.",
+            "a solve 100 times looser, nats, the largest of the samples (of networks, of the first few). Bits per "
+            "dimension: one probe a patch.",
         ),
         report.table("sdekit at stated tolerances", STATED),
         report.table("the other packages' ladders", LADDER),
