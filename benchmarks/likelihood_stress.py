@@ -2,7 +2,7 @@
 
     off the data    noise, constant images, data times 3 and times 10, on learned networks
     other times     networks used under VE and in EDM's own time
-    low precision   bfloat16 and float16 inside of the network, against the float64 network's truth
+    low precision   bfloat16 and float16 inside of the network, against the float64 network's truth (U-Net: float32's)
     no gradient     a learned noise plus s A x, A antisymmetric: the flow turns, and its field is no longer minus the
                     gradient of anything, so the control's gradient is not that of the flow's own density
     high dimension  D = 12,288: a mixture with exact scores, in float64 and float32
@@ -106,7 +106,7 @@ class Case(NamedTuple):
 
     Attributes:
         of: The model whose reference is the truth, if not its own.
-        itself: Truth is sdekit's own, with one fixed probe.
+        itself: Truth is sdekit's own solve, with one fixed probe.
     """
 
     name: str
@@ -156,18 +156,16 @@ def off_data(quick: bool, seed: int) -> Iterator[Case]:
 
 
 def other_times(quick: bool, seed: int) -> Iterator[Case]:
-    """The 2-D EDM network under VE and in EDM's own time; the U-Net in EDM's own time."""
+    """The 2-D EDM network and the U-Net under VE and in EDM's own time."""
     x = ring().target().sample(16 if quick else 64, generator=torch.Generator().manual_seed(601 + seed))
+    model, rows = unet(quick), held_out(1 if quick else 4, seed).float()
     for name, sde in {"VE": sdekit.VESDE(), "Karras": sdekit.KarrasSDE()}.items():
         yield Case(f"2-D EDM net, {name}", learned("edm", seed, quick, sde), x, sdekit.Exact())
-    model = unet(quick)
-    exploding = with_net(model, Exploding(model.net), sdekit.KarrasSDE())
-    rows = held_out(1 if quick else 4, seed).float()
-    yield Case("U-Net, Karras", exploding, rows, FIXED, itself=True)
+        yield Case(f"U-Net, {name}", with_net(model, Exploding(model.net), sde), rows, FIXED, itself=True)
 
 
 def low_precision(quick: bool, seed: int) -> Iterator[Case]:
-    """bfloat16 and float16 within a 2-D network and the digits network; float32 for comparison."""
+    """bfloat16 and float16 within a 2-D network and the digits network, float32 for comparison; a U-Net's bfloat16."""
     x = ring().target().sample(8 if quick else 32, generator=torch.Generator().manual_seed(602 + seed))
     images = digits(2 if quick else 6, seed)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -177,6 +175,9 @@ def low_precision(quick: bool, seed: int) -> Iterator[Case]:
         yield Case(f"2-D noise net, {name}", low, x, sdekit.Exact(), of=exact)
         low = with_net(images.model, Lowered(digits(1, seed).model.net.float(), dtype))
         yield Case(f"digits, {name}", low, images.x, FIXED, of=images.model)
+    network, rows = unet(quick), held_out(1 if quick else 2, seed).float()
+    low = with_net(network, Lowered(network.net, torch.bfloat16))
+    yield Case("U-Net, bfloat16", low, rows, FIXED, of=network, itself=True)
 
 
 def no_gradient(quick: bool, seed: int) -> Iterator[Case]:
@@ -217,12 +218,13 @@ def fresh_probes(quick: bool, seed: int) -> Iterator[Case]:
 
 def truth(case: Case) -> tuple[Tensor, float]:
     """(B,) log p, and what it may be wrong by."""
+    model = case.model if case.of is None else case.of
     if case.itself:
-        found = sdekit.log_likelihood(case.model, case.x, divergence=FIXED, tolerance=_SELF, throw=False)
+        found = sdekit.log_likelihood(model, case.x, divergence=FIXED, tolerance=_SELF, throw=False)
         return found.log_prob, quantile(found.solver_error, 1.0)
     x = case.x.double()
     probe = None if isinstance(case.divergence, sdekit.Exact) else fixed_probe(x)
-    known = reference(case.model if case.of is None else case.of, x, probe)
+    known = reference(model, x, probe)
     return known.log_prob, quantile(known.error, 1.0)
 
 
