@@ -11,14 +11,22 @@ problems. Three reasons are possible, and each idea goes after one:
 and each of these spends less on what is estimated well:
 
     order 6, 7  one or two nodes more: the same control, longer steps where the path is smooth
-    ceiling 2x  steps up to 1/10 of the way
-    doubt 0     coarse steps' costs are not multiplied
+    ceiling 2x  steps up to 1/10 of the way (coarse tolerances only: finer ones do not come near it)
+    doubt 0     coarse steps' costs are not multiplied (likewise)
+
+In many dimensions (digits, and four patches by the U-Net) besides, how much of the two parts' cancelling is trusted:
+the cost is max(|g . e_u + e_l|, k (|g . e_u| + |e_l|)) with
+
+    8, decided  k = max(1/4, min(1, 8/sqrt(D)))
+    4           k = max(1/4, min(1, 4/sqrt(D)))
+    k = 1       none of it
 
 What counts: no sample lost (error above the tolerance, or above the estimate) that is not lost today.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +44,7 @@ from sdekit.solver.base import Proposal, Solver
 from sdekit.terms import Term
 
 from .common import Report, arguments, quantile
+from .patches import held_out, trained
 from .peers import fixed_probe
 from .problems import SDES, digits, learned, near_separatrix, random_mixture, ring
 from .reference import reference
@@ -45,9 +54,6 @@ TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 _DIGITS = 120
 COLUMNS = ["problem", "tolerance", "idea", "evaluations", "worst / tol", "n", "above tol", "above estimate", "loose"]
 COLUMNS += ["median estimate / error"]
-
-
-FIXED = sdekit.Hutchinson(probes=1, fresh=False)
 
 
 class Spending(NamedTuple):
@@ -82,12 +88,14 @@ class Idea(Controller):
         looser: How much more a step may spend.
         times_range: The bound is min(sum of costs, times_range * range); 0 for the sum alone.
         next_order: Whether the solver is `NextOrder`, and its second error counts.
+        cancels: In place of the 8 over sqrt(D); None: as decided.
     """
 
     inner: sdekit.Nats
     looser: float = 1.0
     times_range: float = 0.0
     next_order: bool = False
+    cancels: float | None = None
 
     def start(self, term: Term, s0: Tensor, s_end: Tensor) -> Spending:
         none = torch.zeros_like(s0)
@@ -101,14 +109,17 @@ class Idea(Controller):
     ) -> Verdict:
         first, second = proposal.error if self.next_order else (proposal.error, proposal.error)
         cost = term.nats(first, proposal.aux)
+        in_u, in_l = dot(proposal.aux.gradient, first.u), first.log_det.mean(1)
+        if self.cancels is not None:
+            k = max(0.25, min(1.0, self.cancels / math.sqrt(first.u.shape[1])))
+            cost = torch.maximum((in_u + in_l).abs(), k * (in_u.abs() + in_l.abs()))
         if self.next_order:
             better = torch.maximum(0.3 * cost, 1.5 * term.nats(second, proposal.aux))
             cost = torch.where(proposal.settled, torch.minimum(cost, better), cost)
         found = self.inner.judge(Booked(cost / self.looser), solver, proposal, step, s_end, state.base)  # type: ignore[arg-type]
         share = torch.where(proposal.settled, 1.0, 0.1) * (1.0 + min(1.5, self.inner.doubt * self.inner.tolerance))
-        signed = dot(proposal.aux.gradient, first.u) + first.log_det.mean(1)
         total = torch.where(found.accept, state.total + share * cost, state.total)
-        signed = torch.where(found.accept, state.signed + share * signed, state.signed)
+        signed = torch.where(found.accept, state.signed + share * (in_u + in_l), state.signed)
         low, high = torch.minimum(state.low, signed), torch.maximum(state.high, signed)
         bound = torch.minimum(total, self.times_range * (high - low)) if self.times_range else total
         return Verdict(
@@ -149,7 +160,8 @@ class NextOrder(sdekit.Adams):
         return Proposal(moved, errors, aux, Memory(memory.entered + 1, *entered, None), memory.entered >= kept)
 
 
-IDEAS: dict[str, Callable[[float], tuple[Controller, Solver]]] = {
+Method = Callable[[float], tuple[Controller, Solver]]
+IDEAS: dict[str, Method] = {
     "as decided": lambda tolerance: (sdekit.Nats(tolerance), sdekit.Adams()),
     "looser": lambda tolerance: (Idea(sdekit.Nats(tolerance), 2.0), sdekit.Adams()),
     "range": lambda tolerance: (Idea(sdekit.Nats(tolerance), 2.0, 4.0), sdekit.Adams()),
@@ -158,6 +170,12 @@ IDEAS: dict[str, Callable[[float], tuple[Controller, Solver]]] = {
     "order 7": lambda tolerance: (sdekit.Nats(tolerance), sdekit.Adams(7)),
     "ceiling 2x": lambda tolerance: (sdekit.Nats(tolerance, ceiling=0.1), sdekit.Adams()),
     "doubt 0": lambda tolerance: (sdekit.Nats(tolerance, doubt=0.0), sdekit.Adams()),
+}
+COARSE = ("ceiling 2x", "doubt 0")
+MANY: dict[str, Method] = {
+    "8, decided": IDEAS["as decided"],
+    "4": lambda tolerance: (Idea(sdekit.Nats(tolerance), cancels=4.0), sdekit.Adams()),
+    "k = 1": lambda tolerance: (Idea(sdekit.Nats(tolerance), cancels=math.inf), sdekit.Adams()),
 }
 
 
@@ -179,10 +197,33 @@ def cases(seed: int, quick: bool) -> list[Case]:
             rows[", near separatrices"] = near_separatrix(law, count // 4, generator)
             for name, x in rows.items():
                 made.append(Case(f"{sde_name} {dim}-D{name}", target.score_model(sde), x, None, target))
+    return [*made, of_digits(seed, quick)]
+
+
+def of_digits(seed: int, quick: bool) -> Case:
+    """Held-out digits with one fixed probe."""
     images = digits(6 if quick else 360, seed)
     x = images.x[:_DIGITS]
     known = reference(images.model, x, fixed_probe(x), **({"tight": 1e-7} if quick else {}))
-    return [*made, Case("digits, one fixed probe", images.model, x, known)]
+    return Case("digits", images.model, x, known)
+
+
+def of_patches(seed: int, quick: bool) -> Case:
+    """Held-out patches with one fixed probe."""
+    model, x = trained(quick), held_out(1 if quick else 4, 300 + seed)
+    return Case("U-Net", model, x, reference(model, x, fixed_probe(x), tight=1e-6 if quick else 1e-8))
+
+
+def solved(case: Case, method: tuple[Controller, Solver]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) errors, estimates and evaluations."""
+    controller, solver = method
+    divergence = sdekit.Exact() if case.x.dim() == 2 else sdekit.Hutchinson(probes=1, fresh=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sdekit.log_likelihood(
+            case.model, case.x, divergence=divergence, solver=solver, controller=controller, throw=False
+        )
+    return case.error(found), found.solver_error, found.stats.evaluations.double()
 
 
 def main() -> None:
@@ -190,26 +231,24 @@ def main() -> None:
     chosen = arguments(__doc__)
     report = Report("control_ideas", chosen)
     whole = report.table("all problems together", COLUMNS)
+    many = report.table("many dimensions, one fixed probe: how much of the cancelling is trusted", COLUMNS)
     table = report.table("problem by problem", COLUMNS)
     problems = cases(chosen.seed, chosen.quick)
-    for tolerance in TOLERANCES:
-        for name, idea in tqdm(IDEAS.items(), desc=f"{tolerance:g}"):
-            (controller, solver), parts = idea(tolerance), []
-            for case in problems:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    found = sdekit.log_likelihood(
-                        *(case.model, case.x),
-                        divergence=sdekit.Exact() if case.x.dim() == 2 else FIXED,
-                        solver=solver,
-                        controller=controller,
-                        throw=False,
-                    )
-                parts.append((case.error(found), found.solver_error, found.stats.evaluations.double()))
-                table.rows.append([case.name, tolerance, name, *facts(tolerance, *parts[-1])])
+    large = [of_patches(chosen.seed, chosen.quick), problems[-1]]
+    for tolerance in tqdm(TOLERANCES):
+        for name, method in IDEAS.items():
+            if name in COARSE and tolerance < 1e-2:
+                continue
+            parts = [solved(case, method(tolerance)) for case in problems]
+            for case, part in zip(problems, parts, strict=True):
+                table.rows.append([case.name, tolerance, name, *facts(tolerance, *part)])
             merged = (torch.cat(column) for column in zip(*parts, strict=True))
             whole.rows.append(["all", tolerance, name, *facts(tolerance, *merged)])
             report.save(final=False)
+        for name, method in MANY.items():
+            for case in large if tolerance >= 1e-2 else large[1:]:
+                many.rows.append([case.name, tolerance, name, *facts(tolerance, *solved(case, method(tolerance)))])
+        report.save(final=False)
     report.save()
 
 
