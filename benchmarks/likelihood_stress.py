@@ -272,9 +272,14 @@ GROUPS: dict[str, Callable[[bool, int], Iterator[Case]]] = {
 
 def main() -> None:
     """Runs the benchmark."""
-    chosen = arguments(__doc__)
-    report = Report("likelihood_stress", chosen)
+    chosen = arguments(
+        __doc__, lambda parser: parser.add_argument("--only", default="", help="the group whose title begins so")
+    )
+    name = chosen.only.replace(" ", "_")
+    report = Report(f"likelihood_stress{'_' if name else ''}{name}", chosen)
     for title, cases in GROUPS.items():
+        if not title.startswith(chosen.only):
+            continue
         table = report.table(title, COLUMNS)
         for case in tqdm(cases(chosen.quick, chosen.seed), desc=title):
             table.rows += rows_of(case)
