@@ -1,6 +1,7 @@
 """diffrax on the exact mixtures, written in jax.numpy: VP, float64, every sample with its own steps (vmap).
 
-With lambda_ki the eigenvalues of component k's covariance, V_k its axes, m_k its mean, and at time t
+Of networks it calls torch back: one call a stage for the whole batch, so its evaluations are its own and its time is
+not. With lambda_ki the eigenvalues of component k's covariance, V_k its axes, m_k its mean, and at time t
 
     v_ki = alpha^2 lambda_ki + sigma^2,   z_k = V_k'(x - alpha m_k),   r_k = softmax_k of the weighted densities,
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import sdekit
 
-from .peers import Run
+from .peers import Run, _Field
 from .problems import Mixture
 
 available = all(importlib.util.find_spec(name) is not None for name in ("jax", "diffrax"))
@@ -47,19 +48,77 @@ def diffrax_tsit5(mixture: Mixture, sde: sdekit.VPSDE, x: Tensor, tolerance: flo
     points, bound = jnp.asarray(x.numpy()), jnp.asarray(tolerance)
     jax.block_until_ready(compiled(points, bound))
     began = time.process_time()
-    last, steps, good = jax.block_until_ready(compiled(points, bound))
+    end, arrived, evaluations = _arrived(jax.block_until_ready(compiled(points, bound)))
     seconds = time.process_time() - began
-    end, count, arrived = (torch.from_numpy(jax.device_get(part).copy()) for part in (last, steps, good))
     log_prob = sde.prior_log_prob(end[:, :-1]) + end[:, -1]
-    # Six new stages a step (first same as last), two evaluations to start.
-    evaluations = 6.0 * count.double() + 2.0
     return Run(torch.where(arrived, log_prob, torch.nan), int(evaluations.max()), float(evaluations.mean()), seconds)
+
+
+def _arrived(found: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """States at the end, whether they arrived, and evaluations (B,), of what the compiled solve gave."""
+    import jax
+
+    end, count, arrived = (torch.from_numpy(jax.device_get(part).copy()) for part in found)
+    # Six new stages a step (first same as last), two evaluations to start.
+    return end, arrived, 6.0 * count.double() + 2.0
+
+
+def diffrax_of_network(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, tolerance: float) -> Run:
+    """The same solver on a network, one fixed probe a sample: torch is called back at every stage.
+
+    Args:
+        model: Float64, on the CPU.
+        x: (B, *event) float64 states at t_min.
+        probe: (B, D) signs.
+        tolerance: Relative and absolute.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # a callback that waits for its own arguments
+    field = _Field(model, x.shape[1:], probe)
+
+    def call(t: Any, state: Any, signs: Any) -> Any:
+        times, states, field.probe = (torch.from_numpy(np.array(part)) for part in (t, state, signs))
+        with torch.no_grad():
+            return field(times, states).numpy()
+
+    def slope(t: Any, state: Any, signs: Any) -> Any:
+        return jax.pure_callback(call, jax.ShapeDtypeStruct(state.shape, state.dtype), t, state, signs,
+                                 vmap_method="broadcast_all")  # fmt: skip
+
+    start, signs = jnp.asarray(field.start(x).numpy()), jnp.asarray(probe.numpy())
+    solve = jax.jit(jax.vmap(_solver(slope, model.sde.t_min, model.sde.t_max), in_axes=(0, None, 0)))
+    bound = jnp.asarray(tolerance)
+    ready = solve.lower(start, bound, signs).compile()
+    began = time.process_time()
+    end, arrived, evaluations = _arrived(jax.block_until_ready(ready(start, bound, signs)))
+    seconds = time.process_time() - began
+    log_prob = torch.where(arrived, field.finish(end), torch.nan)
+    return Run(log_prob, field.calls, float(evaluations.mean()), seconds)
+
+
+def _solver(field: Callable[..., Any], first: float, last: float) -> Callable[..., Any]:
+    """A start, a tolerance, arguments of the field -> the state at `last`, steps, whether it arrived."""
+    import diffrax
+
+    def solve(start: Any, tolerance: Any, args: Any) -> Any:
+        found = diffrax.diffeqsolve(
+            *(diffrax.ODETerm(field), diffrax.Tsit5(), first, last, None, start, args),
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+            max_steps=20_000,
+            throw=False,
+        )
+        return found.ys[0], found.stats["num_steps"], found.result == diffrax.RESULTS.successful
+
+    return solve
 
 
 @lru_cache(maxsize=4)
 def _compiled(mixture: Mixture, sde: sdekit.VPSDE) -> Callable[..., Any]:
     """(B, D) points, a tolerance -> the states at t_max with their log determinants, steps, whether they arrived."""
-    import diffrax
     import jax
     import jax.numpy as jnp
 
@@ -81,13 +140,5 @@ def _compiled(mixture: Mixture, sde: sdekit.VPSDE) -> Callable[..., Any]:
         rate = -0.5 * (low + (high - low) * t)
         return jnp.append(rate * (point + score), rate * (point.shape[0] + divergence))
 
-    def solve(point, tolerance):
-        found = diffrax.diffeqsolve(
-            *(diffrax.ODETerm(field), diffrax.Tsit5(), sde.t_min, sde.t_max, None, jnp.append(point, 0.0)),
-            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-            max_steps=20_000,
-            throw=False,
-        )
-        return found.ys[0], found.stats["num_steps"], found.result == diffrax.RESULTS.successful
-
-    return jax.jit(jax.vmap(solve, in_axes=(0, None)))
+    solve = _solver(field, sde.t_min, sde.t_max)
+    return jax.jit(jax.vmap(lambda x, tolerance: solve(jnp.append(x, 0.0), tolerance, None), in_axes=(0, None)))

@@ -83,6 +83,8 @@ def random_mixture(dim: int, kind: str, generator: torch.Generator) -> Mixture:
 def near_separatrix(mixture: Mixture, count: int, generator: torch.Generator) -> Tensor:
     """(count, D) points between two components; see the module."""
     parts, dim = mixture.means.shape
+    if count == 0:  # MultivariateNormal takes no empty batch
+        return mixture.means.new_zeros(0, dim)
     first = torch.randint(0, parts, (count,), generator=generator)
     second = (first + torch.randint(1, parts, (count,), generator=generator)) % parts
     a, b = mixture.means[first], mixture.means[second]
@@ -133,13 +135,15 @@ def exact_problem(name: str, mixture: Mixture, sde: sdekit.SDE, samples: int, ne
 SDES: dict[str, sdekit.SDE] = {"VP": sdekit.VPSDE(), "VE": sdekit.VESDE()}
 
 
+Sizes = dict[int, tuple[int, int, int]]  # dimensions: draws a kind, samples, near points; 2 dimensions are needed
+
+
 def exact_problems(
-    seed: int, quick: bool, scale: float = 1.0, names: tuple[str, ...] = ("VP", "VE")
+    seed: int, quick: bool, scale: float = 1.0, names: tuple[str, ...] = ("VP", "VE"), sizes: Sizes | None = None
 ) -> list[ExactProblem]:
     """The problems with exact scores: the ring, and mixtures in 2, 16 and 64 dimensions, data times `scale`."""
-    sizes = {2: (3, 192, 48), 16: (1, 128, 24), 64: (1, 24, 4)}  # dimensions: draws a kind, samples, near points
-    if quick:
-        sizes = {2: (1, 64, 16), 16: (1, 32, 8)}
+    if sizes is None:
+        sizes = {2: (1, 64, 16), 16: (1, 32, 8)} if quick else {2: (3, 192, 48), 16: (1, 128, 24), 64: (1, 24, 4)}
     laws = [("ring", ring(), *sizes[2][1:])]
     for dim, (draws, samples, near) in sizes.items():
         for kind in ("diagonal", "full"):

@@ -7,7 +7,11 @@ from .common import HERE, RESULTS
 ORDER = (
     "likelihood_exact",
     "likelihood_learned",
+    "likelihood_fresh",
     "total_error",
+    "likelihood_images",
+    "likelihood_stress",
+    "control_ideas",
     "probes",
     "solver_error",
     "control_variants",
