@@ -21,7 +21,7 @@ from sdekit import recording
 
 from .common import Goal, Report, arguments
 from .samplers import k_diffusion, scheduler, table
-from .timing import least_each
+from .timing import paired
 
 EVALUATIONS = 50
 BATCHES = {1: 1.15, 64: 1.08, 1024: 1.05}  # with the ratio wanted
@@ -146,14 +146,13 @@ def main() -> None:
     with torch.no_grad():
         for batch, wanted in BATCHES.items():
             x = torch.randn(batch, 64, generator=torch.Generator().manual_seed(1))
-            repeats = 2 if chosen.quick else 20 if batch < 1024 else 5
-            floor = least_each(lambda: bare(net, x), repeats, x.device)
+            repeats = 2 if chosen.quick else 20 if batch < 1024 else 4
             for name, method in tqdm(methods.items(), desc=f"batch {batch}"):
-                took = least_each(lambda: method(net, x), repeats, x.device)
-                floor = min(floor, least_each(lambda: bare(net, x), 2, x.device))
-                rows.rows.append([batch, name, 1e6 * floor, 1e6 * took, took / floor])
+                run = lambda method=method: method(net, x)  # noqa: E731
+                floor, took, ratio = paired(run, lambda: bare(net, x), repeats, x.device)
+                rows.rows.append([batch, name, 1e6 * floor, 1e6 * took, ratio])
                 if name.startswith("sdekit"):
-                    report.goals.append(Goal(f"batch {batch}: {name}", took / floor, high=wanted))
+                    report.goals.append(Goal(f"batch {batch}: {name}", ratio, high=wanted))
             report.save(final=False)
         first = report.table("the first solve of a kind, which is recorded", ["method", "recording, ms"])
         for name, (solver, steps) in OURS.items():
