@@ -1,6 +1,6 @@
 """What a sampler itself costs on a fixed grid: time of a solve over evaluations x the bare forward pass.
 
-A float32 MLP (64-512x4-64) at batch 1, 64 and 1024, 50 evaluations, CPU seconds of one thread, the least of a few
+A float32 MLP (64-512x4-64) at batch 1, 64 and 1024, 50 evaluations, CPU seconds of one thread, medians of a few
 repeats. The other packages get the network with as little around it as they ask for: a drift that is its output, a
 denoiser x - sigma net. Ours is `sdekit.sample` as users call it; its recording is made before the clock starts, and
 what making it costs is the last table.
