@@ -30,7 +30,7 @@ from ._checks import (
 )
 from ._fit import check_grid_ends, check_moments, times_of
 from ._method import Method, check_forward_mode, choose_method, judged, warn_loose
-from ._tensor import working
+from ._tensor import dot, working
 from .budget import Ends
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
@@ -203,6 +203,7 @@ def _result(
         last,
         None if term.values < 2 else log_prob[:, None] + (values - values.mean(1, keepdim=True)),
         torch.where(arrived, rounding, nothing),
+        reach=torch.where(arrived, dot(latent, latent) / (term.event.numel() * term.model.sde.prior_std**2), nothing),
     )
 
 

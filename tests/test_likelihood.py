@@ -316,6 +316,26 @@ class TestSolverError:
         assert (fine.stats.evaluations == 90).all()
 
 
+class TestReach:
+    @pytest.mark.parametrize("name", ["vp", "ve", "karras"])
+    def test_it_is_one_on_data_and_tells_what_lies_far_off_them(self, name):
+        """The mean of 300 samples in 4-D has a standard deviation of sqrt(2 / 1200): six of them, false alarm 2e-9."""
+        target = mixture(4, 6)
+        model, x = target.score_model(SDES[name]), target.sample(300, generator=seeded(3))
+        out = sdekit.log_likelihood(model, x)
+        assert abs(float(out.reach.mean()) - 1.0) < 6.0 * (2.0 / 1200.0) ** 0.5
+        far = sdekit.log_likelihood(model, x[:5] + 5.0, nodes=40)
+        assert (far.reach > 5.0).all()
+        expected = out.latent.square().mean(1) / SDES[name].prior_std ** 2
+        torch.testing.assert_close(out.reach, expected, rtol=1e-12, atol=0.0)
+
+    def test_it_is_unknown_where_a_sample_did_not_arrive(self):
+        x = mixture(4, 6).sample(3)
+        x[1] = torch.nan
+        out = sdekit.log_likelihood(mixture(4, 6).score_model(SDES["vp"]), x, throw=False)
+        assert out.reach.isnan().tolist() == [False, True, False]
+
+
 class TestStates:
     def test_states_keep_their_dtype_and_densities_are_float64(self):
         target = mixture(3, seed=1)
