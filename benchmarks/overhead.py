@@ -41,7 +41,7 @@ def network(dim: int) -> sdekit.ScoreModel:
 
 def bare(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, calls: int) -> int:
     """`calls` forward passes with one vector-Jacobian product each, and nothing else."""
-    label = torch.full((x.shape[0],), 0.5, device=x.device)
+    label = torch.full((x.shape[0],), 0.5, dtype=x.dtype, device=x.device)
     for _ in range(calls):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
