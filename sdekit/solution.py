@@ -128,7 +128,7 @@ class LogLikelihood(NamedTuple):
         rounding: float64 nats, estimate of what the precision of states and network leaves (NaN like `solver_error`).
         ends: What was left out at the two ends, or None: asked for with `budget=True`.
         whole: bool, whether every value of a sample was an integer: then it has a probability, not a density.
-        reach: float64, mean square of `latent` in units of the prior's: about 1 where the network knows the data. From 5
+        reach: float64, mean square of `latent` in units of the prior's: about 1 where a network knows the data. From 5
             on `solver_error` may be too small by any factor: the control trusts the network's score, and there the
             flow's own density has another gradient.
     """
