@@ -187,4 +187,5 @@ def _stopped(like: LogLikelihood) -> LogLikelihood:
         by_probe=None if like.by_probe is None else torch.full_like(like.by_probe, math.nan),
         rounding=nothing,
         ends=None,
+        reach=nothing,
     )
