@@ -15,10 +15,8 @@ from torch import Tensor
 
 from ._tensor import leaves, tree_map
 from .errors import NetworkError
-from .loop import Carry, Problem, advance
-from .model.score_model import ScoreModel
+from .loop import Carry, Problem, advance, still_running
 from .parts import CannotCompileError, having, kind, own_parts
-from .solution import Status
 
 _WARM_UP = 2  # steps on a stream of their own before a capture, as torch asks for
 _LEAST = 8  # a batch smaller than that is not made smaller
@@ -61,9 +59,7 @@ class Captured:
         """Captures the step of a batch of this size, in buffers of its own."""
         kind(problem, carry)  # raises for what is the user's own
         own = tree_map(torch.clone, own_parts(problem))
-        model = problem.term.model
-        bound = {name: v.clone() if isinstance(v, Tensor) else v for name, v in model.bound.items()}
-        around = ScoreModel(model.net, model.sde, model.parameterization, model.data_std, bound)
+        around = problem.term.model.take(torch.arange(len(carry.s), device=carry.s.device))  # its condition copied
         self._problem, self._carry = having(problem, own, around), tree_map(torch.clone, carry)
         self._left = torch.zeros((), dtype=torch.int64, device=carry.s.device)
         here = torch.cuda.current_stream(carry.s.device)
@@ -88,7 +84,7 @@ class Captured:
         after = advance(self._problem, self._buffers)
         for buffer, value in zip(leaves(self._buffers), leaves(after), strict=True):
             buffer.copy_(value)
-        self._left.copy_((after.status == Status.RUNNING).sum())
+        self._left.copy_(still_running(after))
 
 
 def _tensors(problem: Problem, carry: Carry) -> list[Tensor]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import time as clock
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from ._checks import require_count, require_positive
 from ._interrupt import finish_step
 from ._tensor import leaves, put, take, tree_map
 from .errors import NetworkError
-from .loop import Carry, Problem
+from .loop import Carry, Problem, still_running
 from .runtime import Runtime, at_work, require_runtime, stepper
 from .solution import Status
 
@@ -81,19 +83,39 @@ class Outcome(NamedTuple):
     seen: list[tuple[Tensor, Tensor, Any]]
 
 
+class Stop:
+    """What ended a solve before its end: a network that cannot be used, or a status of those who still ran."""
+
+    def __init__(self) -> None:
+        self.error: NetworkError | None = None
+        self.status: Status | None = None
+
+
+@contextmanager
+def stops(bar: tqdm[Any]) -> Iterator[Stop]:
+    """Records what ends a solve within, instead of raising it, and closes the progress bar."""
+    stop = Stop()
+    try:
+        yield stop
+    except NetworkError as caught:
+        stop.error = caught
+    except KeyboardInterrupt:
+        stop.status = Status.INTERRUPTED
+    finally:
+        bar.close()
+
+
 def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     """Repeats the step until no sample runs, a limit is reached, Ctrl-C is pressed or the network cannot be used."""
     work, calls, paid = _Work(problem, carry, limits), 0, 0
-    error: NetworkError | None = None
-    stopped: Status | None = None
     seen = [(carry.accepted, carry.s, carry.z)] if limits.keep_path else []
     began = clock.monotonic()
     start, span = float(carry.s.sum()), float((problem.s_end - carry.s).sum())
     bar = tqdm(total=100.0, disable=not limits.progress, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
-    try:
+    with stops(bar) as stop:
         while work.goes_on():
             if limits.wall_time is not None and clock.monotonic() - began >= limits.wall_time:
-                stopped = Status.TIME_LIMIT
+                stop.status = Status.TIME_LIMIT
                 break
             size = work.advance()
             calls += problem.solver.evaluations
@@ -104,17 +126,11 @@ def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
                 seen.append((here.accepted, here.s, here.z))
             if limits.progress:
                 bar.update(100.0 * (float(here.s.sum()) - start) / span - bar.n if span else 0.0)
-    except NetworkError as caught:
-        error = caught
-    except KeyboardInterrupt:
-        stopped = Status.INTERRUPTED
-    finally:
-        bar.close()
     whole = work.all()
-    if stopped is not None:
-        left = torch.where(whole.status == Status.RUNNING, int(stopped), whole.status)
+    if stop.status is not None:
+        left = torch.where(whole.status == Status.RUNNING, int(stop.status), whole.status)
         whole = whole._replace(status=left)
-    return Outcome(whole, calls, paid, error, seen)
+    return Outcome(whole, calls, paid, stop.error, seen)
 
 
 class _Work:
@@ -139,7 +155,7 @@ class _Work:
         self._runtime = limits.runtime
         self._step = stepper(limits.runtime, problem, carry)
         self._poll = _Poll(carry.s.device)
-        self._poll.ask((carry.status == Status.RUNNING).sum())
+        self._poll.ask(still_running(carry))
 
     def goes_on(self) -> bool:
         """Whether there is something to do; who is finished leaves, and who waits takes the place."""
@@ -163,7 +179,10 @@ class _Work:
 
     def all(self) -> Carry:
         """The carry of all samples."""
-        carry = self._step.carry()
+        return self._with(self._step.carry())
+
+    def _with(self, carry: Carry) -> Carry:
+        """The carry of all samples, of those in work what is given."""
         return carry if self.rows is None else put(self._whole, self.rows, carry)
 
     def _turn_over(self, size: int) -> None:
@@ -181,7 +200,7 @@ class _Work:
             whole, rows = self._whole, torch.cat((rows, entering))
             carry = take(whole, rows)
         else:
-            whole, carry = self.all(), take(carry, staying)
+            whole, carry = self._with(carry), take(carry, staying)
         problem, queue = self._problem.take(rows), self.queue[len(entering) :]
         with finish_step() as asked:  # an interrupt finds all of it or none
             self._whole, self.rows, self.queue, self._size = whole, rows, queue, len(rows)
@@ -189,7 +208,7 @@ class _Work:
         if asked():
             raise KeyboardInterrupt
         self._poll.forget()
-        self._poll.ask((carry.status == Status.RUNNING).sum())
+        self._poll.ask(still_running(carry))
 
 
 class _Poll:

@@ -61,6 +61,11 @@ def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
     return Carry(s0, z0, memory, problem.controller.start(problem.term, s0, problem.s_end), status, none, none, none)
 
 
+def still_running(carry: Carry) -> Tensor:
+    """How many samples still run, a number on their device."""
+    return (carry.status == Status.RUNNING).sum()
+
+
 def advance(problem: Problem, carry: Carry) -> Carry:
     """One step for every running sample: propose, judge, commit by mask."""
     term, solver, controller, s_end, path, budget = problem

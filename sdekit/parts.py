@@ -22,6 +22,7 @@ from .errors import SdekitError
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem
 from .model.score_model import ScoreModel
+from .solver.base import batch_of
 from .terms import ReverseSDE
 
 
@@ -80,4 +81,4 @@ def kind(problem: Problem, carry: Carry) -> Hashable:
             raise CannotCompileError(f"{type(value).__name__} is not of this package, and may keep a state")
     tensors = [*own_parts(problem), *leaves(carry)]
     shapes = tuple((leaf.dtype, leaf.shape[1:]) for leaf in tensors)
-    return (*values, *own, shapes, tensors[0].device, model.network_dtype(tensors[-1]), torch.get_num_threads())
+    return (*values, *own, shapes, tensors[0].device, model.network_dtype(batch_of(carry.z)), torch.get_num_threads())

@@ -14,7 +14,7 @@ from ._fit import check_method
 from ._tensor import all_finite, working
 from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
-from .driver import Limits, check_limits
+from .driver import Limits, check_limits, stops
 from .errors import NetworkError
 from .integrate import finish, integrate
 from .model.score_model import ScoreModel
@@ -62,13 +62,11 @@ def play(
     labels = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     call_network = model.caller(x, labels)
     seen = [(start, x)] if limits.keep_path else []
-    stopped: Status | None = None
-    error: NetworkError | None = None
     bar = tqdm(total=len(tape.steps), disable=not limits.progress, unit="step")
-    try:
+    with stops(bar) as stop:
         for step in tape.steps:
             if limits.wall_time is not None and _seconds(began, z) >= limits.wall_time:
-                stopped = Status.TIME_LIMIT
+                stop.status = Status.TIME_LIMIT
                 break
             for call in step.calls:
                 noise.ask(call.draws)
@@ -86,13 +84,7 @@ def play(
                 seen.append((t, z))
             if limits.progress:
                 bar.update()
-    except NetworkError as caught:
-        error = caught
-    except KeyboardInterrupt:
-        stopped = Status.INTERRUPTED
-    finally:
-        bar.close()
-    return Played(z, t, made, calls, stopped, error, seen)
+    return Played(z, t, made, calls, stop.status, stop.error, seen)
 
 
 def _seconds(began: float, like: Tensor) -> float:

@@ -20,9 +20,8 @@ from ._tensor import leaves, rebuilt
 from .captured import Captured
 from .compiled import compiled, run
 from .errors import SdekitWarning
-from .loop import Carry, Problem, advance
+from .loop import Carry, Problem, advance, still_running
 from .parts import CannotCompileError, own_parts
-from .solution import Status
 from .tracing import Program
 
 Runtime = Literal["auto", "eager", "compile", "graph"]
@@ -99,7 +98,7 @@ class Eager:
 
     def advance(self) -> Tensor:
         self._carry = advance(self._problem, self._carry)
-        return (self._carry.status == Status.RUNNING).sum()
+        return still_running(self._carry)
 
     def carry(self) -> Carry:
         return self._carry

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from ._tensor import column, flatten, leaves, rebuilt
 from .divergence import FieldValue, traces_of
 from .likelihood_flow import LikelihoodFlow
-from .loop import Carry, Problem, advance
+from .loop import Carry, Problem, advance, still_running
 from .model.score_model import ScoreModel
 from .parts import CannotCompileError, having, own_parts
-from .solution import Status
+from .solver.base import batch_of
 
 _EXAMPLE = 23  # samples in the trace: any number above 1 that no other size is compared with
 VALUE, TRACE, PRODUCTS = 0, 1, 2  # what is asked at a mark: the output; with its exact trace; with vectors' products
@@ -46,10 +46,9 @@ class Program(NamedTuple):
 class _Marked(nn.Module):
     """A network that leaves a mark in a trace, of another network's precision."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        if dtype is not None:
-            self.precision = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.precision = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         out: Tensor = _mark()(x, label, None, VALUE)[0]
@@ -100,8 +99,9 @@ def made(problem: Problem, carry: Carry) -> Program:
 def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
     """Example inputs without contents, the batch's size left open, and the graph of the step."""
     model, parts = problem.term.model, own_parts(problem)
-    exact = next((p.dtype for p in model.net.parameters() if p.is_floating_point()), None)
-    stand_in = ScoreModel(_Marked(exact), model.sde, model.parameterization, model.data_std)
+    stand_in = ScoreModel(
+        _Marked(model.network_dtype(batch_of(carry.z))), model.sde, model.parameterization, model.data_std
+    )
 
     def ask(x: Tensor, t: Tensor, probes: Tensor | None) -> FieldValue:
         assert isinstance(problem.term, LikelihoodFlow)  # no other term asks for more than the value
@@ -119,7 +119,7 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         other = having(problem, tensors[: len(parts)], stand_in, ask)
         after = advance(other, rebuilt(carry, tensors[len(parts) :]))
-        return (*leaves(after), (after.status == Status.RUNNING).sum())
+        return (*leaves(after), still_running(after))
 
     return trace(flat, (*parts, *leaves(carry)))
 
