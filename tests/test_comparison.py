@@ -200,6 +200,8 @@ class TestTheRest:
             out = log_ratio(first, second, x)
         assert watch.calls == 0
         assert out.value.isnan().all()
+        assert out.b.reach is not None
+        assert out.b.reach.isnan().all()
         assert (out.b.status == sdekit.Status.INTERRUPTED).all()
         assert (out.a.stats.evaluations == 5).all()
 
