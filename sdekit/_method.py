@@ -22,7 +22,9 @@ from .solution import Status
 from .solver.adams import Adams
 from .solver.base import Solver
 
-_GRID_ORDER = 4  # of Adams on a fixed grid: more nodes in the formula amplify what the grid misses
+_CONTROLLED = Adams(7, adaptive=True)
+_FRESH = Adams(5, adaptive=True)  # longer formulas weigh neighbouring nodes unevenly, and their probes' noise with them
+_ON_A_GRID = Adams(4)  # more nodes in the formula amplify what the grid misses
 
 
 class Method(NamedTuple):
@@ -47,7 +49,14 @@ def choose_method(
     require_positive("tolerance", tolerance)
     if nodes is not None and (solver is not None or controller is not None):
         raise ValueError("nodes= together with solver= or controller=; nodes chooses both: pass one or the other.")
-    chosen_solver: Solver = solver if solver is not None else Adams(5 if nodes is None else _GRID_ORDER)
+    if divergence is None:
+        divergence = default_divergence(x.shape[1:].numel(), solver is None or solver.weighs_nodes)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
+    fresh = isinstance(divergence, Hutchinson) and divergence.fresh
+    on_a_grid = nodes is not None or isinstance(controller, FixedGrid)
+    default = _ON_A_GRID if on_a_grid else _FRESH if fresh else _CONTROLLED
+    chosen_solver: Solver = default if solver is None else solver
     if controller is not None:
         judge = controller
     elif nodes is not None:
@@ -59,11 +68,7 @@ def choose_method(
     else:
         judge = Nats(tolerance)
     check_method(chosen_solver, judge, None)
-    if divergence is None:
-        divergence = default_divergence(x.shape[1:].numel(), chosen_solver.weighs_nodes)
-    if not isinstance(divergence, Divergence):
-        raise TypeError(f"divergence={divergence!r}; sdekit.Exact() or sdekit.Hutchinson(...) is needed.")
-    if isinstance(divergence, Hutchinson) and divergence.fresh and not chosen_solver.weighs_nodes:
+    if fresh and not chosen_solver.weighs_nodes:
         raise ValueError(
             f"fresh probes need a solver that weighs its nodes, and {type(chosen_solver).__name__} does not: "
             "use the default solver, or Hutchinson(..., fresh=False)."

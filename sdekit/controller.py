@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checks import require_count, require_positive
-from .solver.base import Proposal, Solver
+from .solver.base import Proposal, Solver, estimated_order
 from .terms import Term
 
 
@@ -222,7 +222,7 @@ class Nats(Controller):
         finite = torch.isfinite(ratio) & step.finite
         at_floor = length <= 1.001 * self._FLOOR  # of s1 - s0, which is rounded
         accept = finite & ((ratio <= 2.0) | at_floor)
-        power = -1.0 / ((solver.error_order or solver.order) + 0.5)
+        power = -1.0 / (estimated_order(solver, proposal) + 0.5)
         factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)
         factor = torch.where(accept, factor.clamp(0.3, self.growth), factor.clamp(0.1, 0.7))
         following = on_lattice(length * factor).clamp(self._FLOOR, self.ceiling)
@@ -287,7 +287,7 @@ class PID(Controller):
         ratio = torch.where(error == 0, 0.0, error / scale).square().mean(1, dtype=torch.float64).sqrt()
         finite = torch.isfinite(ratio) & step.finite
         accept = finite & (ratio <= 1.0)
-        power = 1.0 / ((solver.error_order or solver.order) + 1.0)
+        power = 1.0 / (estimated_order(solver, proposal) + 1.0)
         safe = ratio.clamp(min=1e-10)
         factor = (
             0.9 * safe.pow(-power * (1.0 - 0.5 * self.proportional)) * state.ratio.pow(0.5 * self.proportional * power)

@@ -13,6 +13,11 @@ I_o is the integral over the step of prod_{i<o} (x - node_i), exact by 4-point G
 
 Each node's slope enters the result with a total weight, the sum of its coefficients over the steps that used it; where
 probes are fresh a ledger books these weights, and the standard error of the log determinant follows from one probe.
+
+An adaptive method chooses m sample by sample (`Choice`): where the path is smooth Newton's terms shrink quickly, and
+longer formulas take longer steps; next to a separatrix they do not shrink at all, since steps are bound by stability,
+of which shorter formulas have more. Single terms are small by chance, so what decides is a running mean of the
+logarithm of their ratio.
 """
 
 from __future__ import annotations
@@ -29,13 +34,63 @@ from ..brownian import BrownianPath
 from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
 from ..likelihood_flow import LikelihoodFlow
-from ..terms import Term
+from ..terms import Aux, Term
 from .base import Proposal, Solver, batch_of, counters, refuse_noise
 from .start import CORRECTED, Start, held, instead, shares
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
 _MAX_ORDER = 7  # 4-point Gauss is exact up to degree 7, Newton's last product here has degree 6
+_FIRST, _LEAST = 4, 2  # terms of an adaptive method: so many when it is settled, and at least
+_KEPT = 0.8  # of a running mean, at each step
+_MOST = 3.0  # of one step's log ratio
+_ROUNDING = 1e-12  # what a term costs that is nothing but rounding, which depends on the size of the batch
+_LONGER = -1.0  # the formula grows where the next term is smaller than its last by e^-1, and shrinks where it grows
+_ANEW = -2.0  # where the mean that may shorten it begins, after every change
+
+
+class Choice(NamedTuple):
+    """How many terms each sample's formula has: an adaptive method's running means, begun anew after a change.
+
+    Attributes:
+        terms: (B,) int64 m, of the predictor; the corrector has one more.
+        last: (B,) float64 of log(I'_m / I'_m-1), what the terms cost: above 0 the formula is too long.
+        following: (B,) float64 of log(I'_m+1 / I'_m): far below 0 it is too short.
+    """
+
+    terms: Tensor
+    last: Tensor
+    following: Tensor
+
+
+def begin_choice(count: Tensor) -> Choice:
+    """The choice before the first step."""
+    none = torch.zeros_like(count, dtype=torch.float64)
+    return Choice(torch.full_like(count, _FIRST), none + _ANEW, none)
+
+
+def choose(choice: Choice, entered: Tensor, most: int, costs: Tensor) -> Choice:
+    """The choice after a step.
+
+    Args:
+        choice: Of the step.
+        entered: (B,) int64 nodes known before it.
+        most: How many terms there are at most.
+        costs: (B, 3) float64 >= 0, what the terms m - 1, m and m + 1 of Newton's sum cost; the last counts only where
+            so many nodes are known.
+    """
+    ratios = costs.clamp(min=_ROUNDING).log().diff(dim=1).nan_to_num(nan=_MOST).clamp(-_MOST, _MOST)
+    last = _KEPT * choice.last + (1.0 - _KEPT) * ratios[:, 0]
+    following = _KEPT * choice.following + (1.0 - _KEPT) * ratios[:, 1]
+    settled = entered >= _FIRST
+    shorter = settled & (choice.terms > _LEAST) & (last > 0.0)
+    longer = settled & ~shorter & (choice.terms < most) & (entered > choice.terms) & (following < _LONGER)
+    stays = settled & ~shorter & ~longer
+    return Choice(
+        choice.terms + longer.long() - shorter.long(),
+        torch.where(stays, last, _ANEW),
+        torch.where(stays, following, torch.where(longer, 0.0, 1.0)),
+    )
 
 
 class Memory(NamedTuple):
@@ -46,12 +101,14 @@ class Memory(NamedTuple):
         nodes: (B, m) float64 the last nodes, newest first.
         slopes: A tree like the state with leaves (B, m, ...): the slopes there.
         ledger: Of fresh probes, else None.
+        choice: Of an adaptive method, else None.
     """
 
     entered: Tensor
     nodes: Tensor
     slopes: Any
     ledger: Ledger | None
+    choice: Choice | None = None
 
 
 def newton_weights(nodes: Tensor, valid: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -84,15 +141,18 @@ class Adams(Solver):
     """Adams-Moulton of order `order` correcting, Adams-Bashforth of one order less predicting, variable steps.
 
     Args:
-        order: Of the solution, 2 to 7; it remembers order - 1 nodes. The default is the "Adams 4(5)" of the likelihood.
+        order: Of the solution, 2 to 7; it remembers order - 1 nodes. 5 is the "Adams 4(5)" of the literature.
         start: "ramp": the order ramps up from 2 as nodes come in, without an evaluation more: for controlled steps,
             which begin short; on a fixed grid the whole is then of order 3 at most. "inside": orders 4 and 5 begin
             inside of the first step (2 and 5 evaluations more) and keep their order on a fixed grid; not with fresh
             probes.
+        adaptive: Each sample chooses its order, 3 up to `order`, as it goes; `order` is then 5 at least. For controlled
+            steps. The likelihood's default has 7 for its highest, 5 with fresh probes.
     """
 
     order: int = 5
     start: Literal["ramp", "inside"] = "ramp"
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         if self.start not in ("ramp", "inside"):
@@ -101,10 +161,15 @@ class Adams(Solver):
             raise ValueError(f"order={self.order!r} with start='inside'; at most {max(CORRECTED) + 1} is possible.")
         if isinstance(self.order, bool) or not isinstance(self.order, int) or not 2 <= self.order <= _MAX_ORDER:
             raise ValueError(f"order={self.order!r}; an int from 2 to {_MAX_ORDER} is needed.")
+        if self.adaptive and (self.start == "inside" or self.order <= _FIRST):
+            raise ValueError(
+                f"order={self.order!r}, start={self.start!r}, adaptive=True; an adaptive order ramps up, "
+                f"and its highest is {_FIRST + 1} at least."
+            )
 
     @property
     def linear(self) -> bool:
-        return True
+        return not self.adaptive
 
     @property
     def error_order(self) -> int:
@@ -128,7 +193,7 @@ class Adams(Solver):
             if self.start == "inside":
                 raise ValueError("start='inside' with fresh probes; pass Hutchinson(fresh=False), or start='ramp'.")
             ledger = open_ledger(leaf.shape[0], leaf.shape[1], self.error_order, leaf.dtype, leaf.device)
-        return Memory(count, nodes, slopes, ledger)
+        return Memory(count, nodes, slopes, ledger, begin_choice(count) if self.adaptive else None)
 
     def ready(self, memory: Memory) -> Tensor:
         return memory.entered >= len(self._beginning)
@@ -144,36 +209,40 @@ class Adams(Solver):
         begun = memory.entered >= len(start)
         s1 = torch.where(begun, s1, s0 + shares(start, memory.entered) * (s1 - s0))
         valid = held(start, memory.entered, depth)
-        count = valid.sum(1)
         nodes = torch.cat((s1[:, None], memory.nodes), 1)
-        known = torch.cat((torch.ones_like(valid[:, :1]), valid), 1)
-        # Both interpolations at once: the predictor's nodes are the corrector's moved up by one, its last one void.
-        void = torch.zeros_like(valid[:, :1])
-        shifted, usable = torch.cat((memory.nodes, s1[:, None]), 1), torch.cat((valid, void), 1)
-        both = torch.cat((usable, known))
-        weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
-        weights, batch = weights * (both[:, :, None] & both[:, None, :]), s0.shape[0]
-        backward, forward = weights[:batch], weights[batch:]
-        predict = backward.sum(1)[:, :depth]
+        backward, forward = _both(memory.nodes, nodes, valid, s0, s1)
+        terms = valid.sum(1)
+        if memory.choice is not None:
+            terms = torch.minimum(terms, memory.choice.terms)
+            used = torch.arange(depth + 1, device=terms.device) <= terms[:, None]
+            backward, known = backward * used[:, 1:, None], forward * used[:, :, None]
+        else:
+            known = forward
+        predict = backward.sum(1)
         predicted = tree_map(lambda state, past: state + _weighted(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
         # While it starts two nodes may coincide: what is not used must be zero, or a derivative meets its infinities.
-        forward = torch.where(begun[:, None, None], forward, 0.0)
-        correct = forward.sum(1)
-        last = forward.gather(1, count[:, None, None].expand(-1, 1, depth + 1))[:, 0]
+        correct = torch.where(begun[:, None], known.sum(1), 0.0)
+        rows = [terms] if memory.choice is None else [terms, (terms - 1).clamp(min=0), (terms + 1).clamp(max=depth)]
+        index = torch.stack(rows, 1)[:, :, None].expand(-1, -1, depth + 1)
+        single = torch.where(begun[:, None, None], forward.gather(1, index), 0.0)
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
-        sums = tree_map(lambda past: _weighted(torch.stack((correct, last), 1), past), slopes)
-        moved = tree_map(lambda state, total: state + total[:, 0], z, sums)
+        sums = tree_map(lambda past: _weighted(torch.cat((correct[:, None], single), 1), past), slopes)
+        moved = select(begun, tree_map(lambda state, total: state + total[:, 0], z, sums), z)
         error = tree_map(lambda total: total[:, 1], sums)
-        moved = select(begun, moved, z)
         entered = tree_map(lambda past: past[:, :depth], (nodes, slopes))
         for turn, (_, place, overwrite) in enumerate(start):
             if overwrite:
                 now = memory.entered == turn
                 put = tree_map(lambda past, entry, k=place: instead(past, k, entry), memory.slopes, fresh)
                 entered = select(now, (instead(memory.nodes, place, s1), put), entered)
-        kept = Memory(memory.entered + 1, *entered, self._book(term, memory, aux.note, correct))
-        return Proposal(moved, error, aux, kept, memory.entered >= depth)
+        ledger, choice = self._book(term, memory, aux.note, correct), memory.choice
+        if choice is None:
+            kept = Memory(memory.entered + 1, *entered, ledger)
+            return Proposal(moved, error, aux, kept, memory.entered >= depth)
+        costs = _costs(term, sums, aux)
+        kept = Memory(memory.entered + 1, *entered, ledger, choose(choice, memory.entered, depth, costs))
+        return Proposal(moved, error, aux, kept, memory.entered >= _FIRST, terms.clamp(min=1))
 
     def _book(self, term: Term, memory: Memory, note: Any, weights: Tensor) -> Ledger | None:
         if memory.ledger is None or note is None or not isinstance(term, LikelihoodFlow):
@@ -190,6 +259,31 @@ class Adams(Solver):
         if memory.ledger is None or not isinstance(term.divergence, Hutchinson):
             raise ValueError("this solve had no fresh probes, so it kept no ledger of their variance.")
         return settle(memory.ledger, memory.entered, term.divergence.law, term.divergence.probes)
+
+
+def _both(past: Tensor, nodes: Tensor, valid: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's weights over the step: on the past nodes (B, K, K), and with the step's end before them (B, K+1, K+1).
+
+    Both at once: the predictor's nodes are the corrector's moved up by one, its last one void.
+    """
+    batch, depth = valid.shape
+    void = torch.zeros_like(valid[:, :1])
+    usable, known = torch.cat((valid, void), 1), torch.cat((~void, valid), 1)
+    both, shifted = torch.cat((usable, known)), torch.cat((past, s1[:, None]), 1)
+    weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
+    weights = weights * (both[:, :, None] & both[:, None, :])
+    return weights[:batch, :depth, :depth], weights[batch:]
+
+
+def _costs(term: Term, sums: Any, aux: Aux) -> Tensor:
+    """(B, 3) what the terms m - 1, m, m + 1 (places 2, 1 and 3 of `sums`) cost, in nats or in the state's norm."""
+    turned = tree_map(lambda total: total[:, [2, 1, 3]].flatten(0, 1), sums)
+    if not term.has_density:
+        found = term.watched(turned).square().sum(1, dtype=torch.float64).sqrt()
+    else:
+        gradient = None if aux.gradient is None else aux.gradient.repeat_interleave(3, 0)
+        found = term.nats(turned, Aux(gradient, None))
+    return found.reshape(-1, 3)
 
 
 def _weighted(weights: Tensor, past: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Proposal(NamedTuple):
         aux: Of the step's last evaluation.
         memory: To be committed if the step is accepted.
         settled: (B,) whether the solver worked at its full order (False while a multistep method starts up).
+        error_order: (B,) of the solution whose error is estimated, where each sample has its own; None: the solver's.
     """
 
     z: Any
@@ -41,6 +42,7 @@ class Proposal(NamedTuple):
     aux: Aux
     memory: Any
     settled: Tensor
+    error_order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,13 @@ class Solver(ABC):
     @abstractmethod
     def propose(self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Any, path: BrownianPath | None) -> Proposal:
         """A step from s0 to s1 (B,) for every sample."""
+
+
+def estimated_order(solver: Solver, proposal: Proposal) -> Tensor | int:
+    """The order of the solution whose error is estimated: with the step's length to its power + 1 the error goes."""
+    if proposal.error_order is not None:
+        return proposal.error_order
+    return solver.error_order or solver.order
 
 
 def batch_of(z: Any) -> Tensor:

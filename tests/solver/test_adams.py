@@ -9,7 +9,7 @@ from helpers import SDES, Given, draw, gaussian, mixture, observed_order, refere
 from numpy.polynomial import Polynomial
 
 import sdekit
-from sdekit.solver.adams import newton_weights
+from sdekit.solver.adams import begin_choice, choose, newton_weights
 
 every_depth = pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6])
 
@@ -199,6 +199,105 @@ def test_a_step_of_no_length_goes_nowhere(depth):
     # Only the start is in place: the next step must be finite and right to first order.
     after = solver.propose(Given(lambda s, z: z + 1.0), s, s + 1e-3, z, step.memory, None)
     torch.testing.assert_close(after.z, z + 1e-3 * (z + 1.0), rtol=0, atol=1e-5)
+
+
+def after(costs, terms=4, entered=9, most=6, steps=1):
+    """The choice after so many steps whose terms m - 1, m, m + 1 cost the same each time."""
+    count = torch.full((1,), terms)
+    choice = begin_choice(count)._replace(terms=count)
+    for _ in range(steps):
+        choice = choose(choice, torch.full((1,), entered), most, times(*costs)[None])
+    return choice
+
+
+class TestTheChoiceOfAnOrder:
+    def test_terms_that_shrink_quickly_make_the_formula_longer_until_it_is_at_its_longest(self):
+        quickly = (1.0, 1e-2, 1e-4)
+        assert after(quickly).terms.item() == 4  # one step is no evidence
+        assert after(quickly, steps=60).terms.item() == 6
+        assert after(quickly, steps=60, most=4).terms.item() == 4
+
+    def test_terms_that_grow_make_it_shorter_down_to_two(self):
+        assert after((1.0, 3.0, 9.0), steps=4).terms.item() == 4
+        assert after((1.0, 3.0, 9.0), steps=60).terms.item() == 2
+
+    def test_terms_that_hardly_shrink_leave_it_alone(self):
+        assert after((1.0, 0.8, 0.6), steps=200).terms.item() == 4
+
+    def test_a_single_small_term_changes_nothing(self):
+        choice = after((1.0, 0.5, 0.4), steps=20)
+        for costs in ((1.0, 1e-9, 1e-18), (1e-9, 1.0, 0.5), *[(1.0, 0.5, 0.4)] * 20):
+            choice = choose(choice, torch.full((1,), 9), 6, times(*costs)[None])
+            assert choice.terms.item() == 4
+
+    def test_nothing_is_chosen_while_it_begins_nor_longer_than_the_history(self):
+        assert after((1.0, 3.0, 9.0), entered=3, steps=60).terms.item() == 4
+        assert after((1.0, 1e-2, 1e-4), entered=4, steps=60).terms.item() == 4
+
+    def test_rounding_and_what_is_not_a_number_move_nothing(self):
+        """Terms that are nothing but rounding depend on the size of the batch; the order must not."""
+        noise = torch.rand(300, 1, 3, generator=seeded(0), dtype=torch.float64) * 1e-13
+        choice = begin_choice(torch.zeros(1, dtype=torch.int64))
+        for costs in noise:
+            choice = choose(choice, torch.full((1,), 9), 6, costs)
+        assert choice.terms.item() == 4
+        assert torch.isfinite(torch.stack(after((1.0, float("nan"), float("inf")), steps=3)[1:])).all()
+
+
+class TestAdaptiveOrder:
+    @pytest.mark.parametrize("terms", [2, 3, 4, 5, 6])
+    def test_with_so_many_terms_it_is_the_method_of_that_order(self, terms):
+        nodes, z = random_nodes(5, 4, 9), draw(6, 4, 3)
+        term = Given(lambda s, z: torch.sin(s[:, None] + z))
+        *_, (_, _, _, step) = march(sdekit.Adams(7), term.slope, nodes, z)
+        memory, s0, s1 = step.memory, nodes[:, -1], nodes[:, -1] + 0.2
+        kept = slice(0, terms)
+        shorter = memory._replace(nodes=memory.nodes[:, kept], slopes=memory.slopes[:, kept])
+        fixed = sdekit.Adams(terms + 1).propose(term, s0, s1, step.z, shorter, None)
+        chosen = memory._replace(choice=begin_choice(torch.full((4,), terms))._replace(terms=torch.full((4,), terms)))
+        found = sdekit.Adams(7, adaptive=True).propose(term, s0, s1, step.z, chosen, None)
+        torch.testing.assert_close(found.z, fixed.z, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(found.error, fixed.error, rtol=1e-9, atol=1e-14)
+        assert found.error_order.tolist() == [terms] * 4
+
+    def test_it_costs_less_than_every_fixed_order_where_steps_are_bound_by_stability(self):
+        """Far out, twice as far as the data: the flow contracts, and longer formulas are less stable."""
+        target = mixture(16, 4)
+        model, x = target.score_model(sdekit.VPSDE()), 3.0 * target.sample(4, generator=seeded(1))
+        truth = sdekit.log_likelihood(model, x, tolerance=1e-6, solver=sdekit.Tsit5()).log_prob
+
+        def solve(solver):
+            found = sdekit.log_likelihood(model, x, tolerance=1e-2, solver=solver)
+            assert ((found.log_prob - truth).abs() < 1e-2).all()
+            return found.stats.evaluations.double().mean()
+
+        chosen = solve(sdekit.Adams(7, adaptive=True))
+        assert chosen < 0.7 * min(solve(sdekit.Adams(order)) for order in (5, 6, 7))
+
+    def test_where_paths_are_smooth_it_takes_fewer_evaluations_than_order_five(self):
+        target = mixture(2, 4)
+        model, x = target.score_model(sdekit.VPSDE()), target.sample(16, generator=seeded(1))
+        truth = sdekit.log_likelihood(model, x, tolerance=1e-7, solver=sdekit.Dopri8()).log_prob
+        found, five = (
+            sdekit.log_likelihood(model, x, tolerance=1e-5, solver=solver)
+            for solver in (sdekit.Adams(7, adaptive=True), sdekit.Adams(5))
+        )
+        assert ((found.log_prob - truth).abs() < 1e-5).all()
+        assert found.stats.evaluations.sum() < 0.8 * five.stats.evaluations.sum()
+
+    def test_it_also_chooses_by_the_states_norm(self):
+        model, x = mixture(2, 4).score_model(SDE), draw(1, 5, 2)
+        ends = [
+            sdekit.encode(model, x, solver=solver, controller=sdekit.PID(1e-9, 1e-9))
+            for solver in (sdekit.Adams(7, adaptive=True), sdekit.Adams(5))
+        ]
+        torch.testing.assert_close(ends[0].x, ends[1].x, rtol=1e-6, atol=1e-6)
+        assert ends[0].stats.evaluations.sum() < ends[1].stats.evaluations.sum()
+
+    def test_what_it_cannot_be_is_refused(self):
+        for order, start in ((4, "ramp"), (5, "inside")):
+            with pytest.raises(ValueError, match="adaptive=True"):
+                sdekit.Adams(order, start, adaptive=True)
 
 
 @pytest.mark.parametrize("order", [1, 8, 3.0, True])
