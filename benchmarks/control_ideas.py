@@ -21,6 +21,7 @@ the cost is max(|g . e_u + e_l|, k (|g . e_u| + |e_l|)) with
     4           k = max(1/4, min(1, 4/sqrt(D)))
     k = 1       none of it (up to 64 dimensions that is what is decided)
 
+All with order 5 for every sample, the default when this was asked: since then each sample chooses (adaptive_order.py).
 What counts: no sample lost (error above the tolerance, or above the estimate) that is not lost today.
 """
 

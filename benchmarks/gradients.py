@@ -237,8 +237,8 @@ def main() -> None:
     chosen = arguments(__doc__)
     report = Report("gradients", chosen)
     flat = learned("noise", chosen.seed, chosen.quick)
-    x = ring().target().sample(8 if chosen.quick else 64, generator=torch.Generator().manual_seed(chosen.seed))
-    images = digits(2 if chosen.quick else 8, chosen.seed)
+    x = ring().target().sample(8 if chosen.quick else 256, generator=torch.Generator().manual_seed(chosen.seed))
+    images = digits(2 if chosen.quick else 16, chosen.seed)
     fixed = sdekit.Hutchinson(fresh=False)
     problems = [
         Problem("2-D net, exact trace", flat, x, sdekit.Exact()),

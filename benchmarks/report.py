@@ -11,6 +11,7 @@ ORDER = (
     "total_error",
     "likelihood_images",
     "likelihood_stress",
+    "adaptive_order",
     "control_ideas",
     "probes",
     "solver_error",
