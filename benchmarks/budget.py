@@ -7,7 +7,8 @@ SDEs in turn; 8 samples each. Claimed against true, pooled over problems and sam
     solver       log p_t at tolerance 1e-2, with the exact terminal law, less the exact one
     truncation   log p_0 less log p_t of what the solve begins with, both exact, for end = "marginal" and "heat"
     prior        log p_T of the latent less log q, exact, for the SDE's prior and for moments of 4,000 draws
-    rounding     log p in single less that in double precision, on a grid of 32 nodes, of trained networks
+    rounding     log p by a trained network in single or half precision (states single) less that by the same weights
+                 in double precision, on a grid of 32 nodes
 
 A bound or an estimate that is to cover is held to 99%; an estimate of a size to a median of claimed over true within
 1/1.3 and 1.3; a standard error to the coverage of its 95% interval, whose tests state their false alarm.
@@ -40,6 +41,7 @@ SDES: dict[str, sdekit.SDE] = {
 SAMPLES = 8
 FALSE_ALARM = 1e-3  # of the test on the trace's coverage, two-sided, were its samples independent: 3.29 deviations
 _SMALL = 1e-6  # nats below which a line need not be right
+_PRECISIONS = {"single": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NODES = 48
 Pairs = dict[str, list[tuple[Tensor, Tensor]]]
 
@@ -80,7 +82,7 @@ def one_problem(number: int, generator: torch.Generator, pairs: Pairs) -> None:
 
 
 def rounding(seed: int, count: int, pairs: Pairs) -> None:
-    """Adds what single precision does to trained networks."""
+    """Adds what networks of single and half precision do under states of single precision."""
     generator = torch.Generator().manual_seed(seed)
     images = digits(count, seed)
     cases = [(images.model, images.x)]
@@ -88,12 +90,16 @@ def rounding(seed: int, count: int, pairs: Pairs) -> None:
         (learned(kind, seed, False), ring().target().sample(count, generator=generator)) for kind in ("noise", "edm")
     ]
     for model, x in cases:
-        single = copy.deepcopy(model).float()
-        wide, narrow = (
-            sdekit.log_likelihood(m, d, nodes=32) for m, d in ((model, x.float().double()), (single, x.float()))
-        )
-        assert narrow.rounding is not None
-        pairs["rounding"].append((narrow.rounding, wide.log_prob - narrow.log_prob))
+        for name, dtype in _PRECISIONS.items():
+            low = sdekit.ScoreModel(
+                copy.deepcopy(model.net).to(dtype), model.sde, model.parameterization, model.data_std
+            )
+            high = sdekit.ScoreModel(copy.deepcopy(low.net).double(), low.sde, low.parameterization, low.data_std)
+            wide, narrow = (
+                sdekit.log_likelihood(m.eval(), d, nodes=32) for m, d in ((high, x.float().double()), (low, x.float()))
+            )
+            assert narrow.rounding is not None
+            pairs[f"rounding, {name}"].append((narrow.rounding, wide.log_prob - narrow.log_prob))
 
 
 def main() -> None:
@@ -112,13 +118,15 @@ def main() -> None:
     table = report.table("claimed against true", columns, note)
     for name, parts in pairs.items():
         claimed, true = (torch.cat(column) for column in zip(*parts, strict=True))
-        seen = true.abs() > (_SMALL if name != "rounding" else 0.0)
+        seen = true.abs() > (_SMALL if not name.startswith("rounding") else 0.0)
         ratio = (
             (claimed / true)[seen] if name.startswith(("truncation", "terminal")) else claimed[seen] / true[seen].abs()
         )
         slack = 1.96 if name == "trace" else 1.0
         covered = float(
-            (true.abs() <= slack * claimed.abs() + (0.0 if name in ("trace", "rounding") else _SMALL)).double().mean()
+            (true.abs() <= slack * claimed.abs() + (0.0 if name.startswith(("trace", "rounding")) else _SMALL))
+            .double()
+            .mean()
         )
         median = quantile(ratio, 0.5)
         table.rows.append([name, len(true), quantile(true.abs(), 0.5), quantile(true.abs(), 1.0), median,
@@ -130,7 +138,7 @@ def main() -> None:
                 Goal(f"trace: coverage of the 95% interval (false alarm {FALSE_ALARM:g})", covered, low=0.95 - width),
                 Goal("trace: claimed / true root mean square", size, 1 / 1.3, 1.3),
             ]
-        elif name in ("solver", "rounding"):
+        elif name.startswith(("solver", "rounding")):
             report.goals.append(Goal(f"{name}: covered", covered, low=0.99))
         else:
             report.goals.append(Goal(f"{name}: claimed / true, median", median, 1 / 1.3, 1.3))

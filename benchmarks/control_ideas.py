@@ -76,8 +76,8 @@ class Booked:
     def nats(self, error: Any, aux: Any) -> Tensor:
         return self.cost
 
-    def rounding(self, before: Any, after: Any, aux: Any) -> Tensor:
-        return torch.zeros_like(self.cost)
+    def rounding(self, length: Any, before: Any, after: Any, aux: Any) -> Tensor:
+        return self.cost.new_zeros(len(self.cost), 2)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Idea(Controller):
         )
 
     def spent(self, state: Spending) -> tuple[Tensor, Tensor]:
-        return state.base.spent, state.base.rounded
+        return self.inner.spent(state.base)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._checks import require_count, require_positive
 from .solver.base import Proposal, Solver, estimated_order
-from .terms import Term
+from .terms import Term, in_all
 
 
 class Step(NamedTuple):
@@ -76,7 +76,7 @@ class Controller(ABC):
 
 
 class GridState(NamedTuple):
-    """(B, n + 1 or more) nodes in the coordinate; (B,) int64 nodes reached; nats indicated, squared nats lost."""
+    """(B, n + 1 or more) nodes in the coordinate; (B,) int64 nodes reached; nats indicated; (B, 2) `Term.rounding`."""
 
     nodes: Tensor
     place: Tensor
@@ -119,7 +119,7 @@ class FixedGrid(Controller):
         share = (grid[1:-1] - grid[0]) / (grid[-1] - grid[0])
         inner = s0[:, None] + share * (s_end - s0)[:, None]
         nodes = torch.cat((s0[:, None], inner, s_end[:, None].expand(-1, 1 + -len(grid) % self._ALIKE)), 1)
-        return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0), torch.zeros_like(s0))
+        return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0), s0.new_zeros(len(s0), 2))
 
     def target(self, s: Tensor, s_end: Tensor, state: GridState) -> Tensor:
         return state.nodes.gather(1, state.place[:, None] + 1).squeeze(1)
@@ -127,24 +127,23 @@ class FixedGrid(Controller):
     def judge(
         self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: GridState
     ) -> Verdict:
-        accept = step.finite
-        indicated, rounded = state.indicated, state.rounded
+        accept, indicated, rounded = step.finite, state.indicated, state.rounded
         if term.has_density and proposal.error is None:  # nobody knows
             indicated, rounded = indicated + math.nan, rounded + math.nan
         elif term.has_density:
-            cost = term.nats(proposal.error, proposal.aux)
-            indicated = indicated + torch.where(accept, cost * torch.where(proposal.settled, 1.0, 0.1), 0.0)
-            rounded = rounded + torch.where(accept, term.rounding(step.z, proposal.z, proposal.aux), 0.0)
-        last = state.nodes.shape[1] - 2
-        index = torch.where(accept, (state.place + 1).clamp(max=last), state.place)
+            cost = term.nats(proposal.error, proposal.aux) * torch.where(proposal.settled, 1.0, 0.1)
+            indicated = indicated + torch.where(accept, cost, 0.0)
+            lost = term.rounding(step.s1 - step.s0, step.z, proposal.z, proposal.aux)
+            rounded = rounded + torch.where(accept[:, None], lost, 0.0)
+        index = torch.where(accept, (state.place + 1).clamp(max=state.nodes.shape[1] - 2), state.place)
         return Verdict(accept, GridState(state.nodes, index, indicated, rounded), ~accept)
 
     def spent(self, state: GridState) -> tuple[Tensor, Tensor]:
-        return state.indicated, state.rounded.sqrt()
+        return state.indicated, in_all(state.rounded)
 
 
 class NatsState(NamedTuple):
-    """(B,) next step length; nats spent; int64 evaluations, rejected, beyond the cap; squared nats rounded."""
+    """(B,) next step length; nats spent; int64 evaluations, rejected, beyond the cap; (B, 2) `Term.rounding` so far."""
 
     step: Tensor
     spent: Tensor
@@ -199,7 +198,7 @@ class Nats(Controller):
     def start(self, term: Term, s0: Tensor, s_end: Tensor) -> NatsState:
         first = min(1.0, (self.tolerance / 0.1) ** 0.25) / 80.0
         none = torch.zeros_like(s0, dtype=torch.int64)
-        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), none, none, none, torch.zeros_like(s0))
+        return NatsState(torch.full_like(s0, first), torch.zeros_like(s0), none, none, none, s0.new_zeros(len(s0), 2))
 
     def target(self, s: Tensor, s_end: Tensor, state: NatsState) -> Tensor:
         rest = s_end - s
@@ -217,8 +216,8 @@ class Nats(Controller):
         allowed = torch.maximum(self.tolerance - state.spent, torch.full_like(cost, 0.1 * self.tolerance))
         share = (length / (s_end - step.s0)).clamp(max=1.0)
         ratio = cost / (allowed * (share / self._STEPS).sqrt())
-        ratio = ratio * torch.where(proposal.settled, 1.0, self._RAMP)
-        ratio = ratio * torch.exp(-math.log(4.0) * (over // self._RELAX_EVERY).double())
+        relaxed = torch.exp(-math.log(4.0) * (over // self._RELAX_EVERY).double())
+        ratio = ratio * relaxed * torch.where(proposal.settled, 1.0, self._RAMP)
         finite = torch.isfinite(ratio) & step.finite
         at_floor = length <= 1.001 * self._FLOOR  # of s1 - s0, which is rounded
         accept = finite & ((ratio <= 2.0) | at_floor)
@@ -228,12 +227,13 @@ class Nats(Controller):
         following = on_lattice(length * factor).clamp(self._FLOOR, self.ceiling)
         booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT) * torch.where(beyond, 3.0, 1.0)
         spent = torch.where(accept, state.spent + booked, state.spent)
-        rounded = state.rounded + torch.where(accept, term.rounding(step.z, proposal.z, proposal.aux), 0.0)
-        rejected = state.rejected + ~accept
-        return Verdict(accept, NatsState(following, spent, calls, rejected, over, rounded), ~finite & at_floor)
+        lost = term.rounding(length, step.z, proposal.z, proposal.aux)
+        rounded = state.rounded + torch.where(accept[:, None], lost, 0.0)
+        state = NatsState(following, spent, calls, state.rejected + ~accept, over, rounded)
+        return Verdict(accept, state, ~finite & at_floor)
 
     def spent(self, state: NatsState) -> tuple[Tensor, Tensor]:
-        return state.spent, state.rounded.sqrt()
+        return state.spent, in_all(state.rounded)
 
 
 class PIDState(NamedTuple):

@@ -37,6 +37,7 @@ from .terms import Aux, Evaluation, Term
 Ask = Callable[[Tensor, Tensor, Tensor | None], FieldValue]
 
 _ROUNDING = 2.0  # units in the last place that a step of the solve is off by: python -m benchmarks.budget
+_COARSER = 1.5  # of its own, by which the output of a network of less precision is off, alike at neighbouring nodes
 # Of |gradient . e_u| + |e_l| at least this share counts: the constant over sqrt(D), but a quarter. With 4, points near
 # separatrices of 16-D mixtures came out above their estimate, and by norms points of 64-D did (docs/decisions).
 _CANCELS, _LEAST = 8.0, 0.25
@@ -161,8 +162,12 @@ class LikelihoodFlow(Term):
         out, traces, product, notes = self._network(x, t, node, of_output[0] * scale)
         du, gradient = of_x.to(x.dtype)[:, :, None] * x + of_output.to(x.dtype)[:, :, None] * out
         log_det = traces + (of_x[0] * scale * x.shape[1])[:, None]
+        coarse = None
+        if self.has_density and torch.finfo(self.model.network_dtype(x)).eps > torch.finfo(x.dtype).eps:
+            own = gradient * column(of_output[0], out) * out
+            coarse = (dot(own, own) + traces[:, 0].square()).sqrt()
         # J' v of the whole field is the network's plus a multiple of v, which has no variance: left out of `product`.
-        return Evaluation(FlowState(du, log_det, product), Aux(gradient, notes))
+        return Evaluation(FlowState(du, log_det, product), Aux(gradient, notes, coarse))
 
     def _network(
         self, x: Tensor, t: Tensor, node: Tensor, jacobian: Tensor
@@ -218,11 +223,14 @@ class LikelihoodFlow(Term):
         in_l = error.log_det[:, -1] if self.fresh else error.log_det.mean(1)
         return torch.maximum((in_u + in_l).abs(), least * (in_u.abs() + in_l.abs()))
 
-    def rounding(self, before: FlowState, after: FlowState, aux: Aux) -> Tensor:
+    def rounding(self, length: Tensor, before: FlowState, after: FlowState, aux: Aux) -> Tensor:
         gradient = aux.gradient
         if gradient is None:
             raise TypeError("a LikelihoodFlow without a divergence carries no density; its rounding costs no nats.")
-        epsilon = max(torch.finfo(dtype).eps for dtype in (before.u.dtype, self.model.network_dtype(before.u)))
-        # Each coordinate is rounded by itself; the trace is a sum of D numbers, of the network's precision.
-        moved = dot(gradient * before.u, gradient * before.u) + (after.log_det - before.log_det)[:, 0].square()
-        return (_ROUNDING * epsilon) ** 2 * moved
+        state, network = (torch.finfo(dtype).eps for dtype in (before.u.dtype, self.model.network_dtype(before.u)))
+        gained = (after.log_det - before.log_det)[:, 0].square()
+        # Each coordinate is rounded by itself; the trace is a sum of D numbers.
+        square = (_ROUNDING * state) ** 2 * (dot(gradient * before.u, gradient * before.u) + gained)
+        if aux.coarse is None:
+            return torch.stack((square, torch.zeros_like(square)), 1)
+        return torch.stack((square, _COARSER * network * length.abs() * aux.coarse), 1)

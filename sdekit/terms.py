@@ -32,10 +32,13 @@ class Aux(NamedTuple):
     Attributes:
         gradient: (B, D) gradient of the log density in the term's own coordinates, or None.
         note: What is kept of fresh probes, or None.
+        coarse: (B,) float64 nats a unit of s that come of the network's output, where it has less precision than the
+            state; else None.
     """
 
     gradient: Tensor | None
     note: Note | None
+    coarse: Tensor | None = None
 
 
 class Evaluation(NamedTuple):
@@ -46,6 +49,11 @@ class Evaluation(NamedTuple):
 
 
 NO_AUX = Aux(None, None)
+
+
+def in_all(rounded: Tensor) -> Tensor:
+    """(B,) nats lost to rounding, of the sum (B, 2) of every step's `Term.rounding`."""
+    return rounded[:, 0].sqrt() + rounded[:, 1]
 
 
 class Term(ABC):
@@ -110,9 +118,12 @@ class Term(ABC):
         """
         raise TypeError(f"{type(self).__name__} carries no density; control in nats needs a LikelihoodFlow.")
 
-    def rounding(self, before: Any, after: Any, aux: Aux) -> Tensor:
-        """(B,) float64 squared nats that the rounding of a step from one state to another costs; NaN if unknown."""
-        return torch.full_like(self.watched(before)[:, 0], math.nan, dtype=torch.float64)
+    def rounding(self, length: Tensor, before: Any, after: Any, aux: Aux) -> Tensor:
+        """(B, 2) float64 what rounding costs in a step of that length (B,) from one state to another; NaN if unknown.
+
+        Squared nats of roundings that are independent from step to step; nats of those that are alike.
+        """
+        return torch.full_like(self.watched(before)[:, :1], math.nan, dtype=torch.float64).expand(-1, 2)
 
 
 class ProbabilityFlow(Term):
