@@ -238,7 +238,7 @@ def main() -> None:
     report = Report("gradients", chosen)
     flat = learned("noise", chosen.seed, chosen.quick)
     x = ring().target().sample(8 if chosen.quick else 256, generator=torch.Generator().manual_seed(chosen.seed))
-    images = digits(2 if chosen.quick else 16, chosen.seed)
+    images = digits(2 if chosen.quick else 128, chosen.seed)
     fixed = sdekit.Hutchinson(fresh=False)
     problems = [
         Problem("2-D net, exact trace", flat, x, sdekit.Exact()),
