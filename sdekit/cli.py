@@ -15,21 +15,21 @@ from typing import Literal
 
 import click
 import torch
-from torch import Tensor
 
 from .commands import options as opt
-from .commands.arrays import read_array, require_suffix, write_arrays
+from .commands.arrays import floating, read_array, require_suffix, write_arrays
 from .commands.evaluation import Options, Summary, evaluate, only_the_summary_warns, require_finished, summarise
 from .commands.models import find_model, save_trained
 from .commands.recipes import NetworkChoice, train_array, train_digits
 from .divergence import Divergence, Exact, Hutchinson
+from .runtime import Runtime
 from .sampling import sample as draw_samples
 from .solver.base import Solver
 from .solver.exponential import DPMSolverPP
 from .solver.runge_kutta import RK4, Euler, Heun
 from .solver.stochastic import EulerMaruyama
 from .training import Recipe
-from .units import Levels, require_dequantized
+from .units import Levels
 
 _SOLVERS: dict[str, Callable[[], Solver | None]] = {
     "adams": lambda: None,  # the default of sdekit.sample
@@ -60,6 +60,7 @@ def main(traceback: bool) -> None:
 @opt.batch
 @opt.seed
 @opt.device
+@opt.runtime
 @opt.overwrite
 @opt.quiet
 @opt.one_line_errors
@@ -77,6 +78,7 @@ def likelihood(
     batch_size: int,
     seed: int,
     device: str | None,
+    runtime: Runtime,
     overwrite: bool,
     quiet: bool,
 ) -> None:
@@ -90,11 +92,18 @@ def likelihood(
         opt.require_free(out, overwrite)
     options = Options(tolerance, _divergence(divergence, probes), seed)
     levels = None if count is None else Levels(count, low, high)
-    x = _floating(read_array(data, key), levels, seed)
+    x = floating(read_array(data, key), levels, seed)
     where = opt.choose_device(device)
     model = find_model(name)[0].to(where)
     partial = None if out is None else out.with_name(f"{out.name}.partial.safetensors")
-    scores = evaluate(model, x, options, batch_size=batch_size, partial=partial, device=where, progress=not quiet)
+    scores = evaluate(
+        *(model, x, options),
+        batch_size=batch_size,
+        partial=partial,
+        device=where,
+        progress=not quiet,
+        runtime=runtime,
+    )
     summary = summarise(scores)
     click.echo("\n".join(_table(summary, math.prod(x.shape[1:]), levels)))
     if out is not None and partial is not None:
@@ -114,21 +123,6 @@ def _divergence(name: str | None, probes: int | None) -> Divergence | None:
     if name is None:
         return None
     return Exact() if name == "exact" else Hutchinson(probes=probes or 1)
-
-
-def _floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:
-    """`x`, (N, *event), as float32 or float64; integers are dequantised where the levels are known."""
-    if x.dim() == 0 or x.shape[0] == 0:
-        raise click.ClickException("the array holds no samples.")
-    x = x[:, None] if x.dim() == 1 else x
-    if x.is_floating_point():
-        if levels is not None:
-            require_dequantized(x, levels, "the array")
-        return x if x.dtype == torch.float64 else x.float()
-    if levels is None:
-        raise click.ClickException(f"the array holds integers ({x.dtype}), which have no density: pass --levels.")
-    levels.check(x)
-    return levels.dequantise(x, torch.Generator().manual_seed(seed))
 
 
 def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
@@ -163,6 +157,7 @@ def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
 @opt.batch
 @opt.seed
 @opt.device
+@opt.runtime
 @opt.overwrite
 @opt.quiet
 @opt.one_line_errors
@@ -178,6 +173,7 @@ def sample(
     batch_size: int,
     seed: int,
     device: str | None,
+    runtime: Runtime,
     overwrite: bool,
     quiet: bool,
 ) -> None:
@@ -203,6 +199,7 @@ def sample(
                 indices=rows,
                 device=where,
                 progress=not quiet,
+                runtime=runtime,
             )
         require_finished(solution.status)
         parts.append(solution.x.cpu())

@@ -29,6 +29,7 @@ from .divergence import EXACT_UP_TO, Divergence, Exact, Hutchinson
 from .errors import PartialResultWarning
 from .likelihood import log_likelihood
 from .model.score_model import ScoreModel
+from .runtime import Runtime
 from .solution import LogLikelihood, Status
 from .targets import Gaussian
 from .units import Affine
@@ -99,6 +100,8 @@ def log_ratio(
     max_evaluations: int = 10_000,
     progress: bool = False,
     throw: bool = True,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> LogRatio:
     """Log density ratios of two models, log p_a(x) - log p_b(x), from common random numbers.
 
@@ -123,6 +126,8 @@ def log_ratio(
         max_evaluations: Network evaluations a sample and model at most.
         progress: Show progress bars.
         throw: Raise SolveError if a sample fails under either model (its `.solution` is that model's LogLikelihood).
+        runtime: "eager" (and "auto"), "compile" or "graph": how a step runs, as in `log_likelihood`.
+        slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A LogRatio; `.mean()` for the mean over the data with its standard error.
@@ -150,6 +155,8 @@ def log_ratio(
             max_evaluations=max_evaluations,
             progress=progress,
             throw=throw,
+            runtime=runtime,
+            slots=slots,
         )
 
     a = solved(model_a, transforms[0])

@@ -36,6 +36,7 @@ from .errors import PartialResultWarning, SolveError, ToleranceWarning
 from .integrate import finish
 from .likelihood import log_likelihood
 from .model.score_model import ScoreModel
+from .runtime import Runtime
 from .solution import DiscreteLogLikelihood, LogLikelihood, Status
 from .targets import Gaussian
 from .units import Levels
@@ -78,6 +79,8 @@ def discrete_log_likelihood(
     max_evaluations: int = 10_000,
     progress: bool = False,
     throw: bool = True,
+    runtime: Runtime = "auto",
+    slots: int | None = None,
 ) -> DiscreteLogLikelihood:
     """Lower bounds of the log-probabilities of integers `k` under the quantised model, each with its errors.
 
@@ -106,6 +109,8 @@ def discrete_log_likelihood(
         max_evaluations: Network evaluations a draw at most.
         progress: Show a progress bar of draws.
         throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
+        runtime: How a step runs, see `log_likelihood`.
+        slots: Draws in work at a time, the next entering when one is done; None: all.
 
     Returns:
         A DiscreteLogLikelihood.
@@ -128,7 +133,7 @@ def discrete_log_likelihood(
         debias=debias,
     )
     solve = partial(log_likelihood, divergence=divergence, tolerance=tolerance, nodes=nodes, data_moments=data_moments)
-    solve = partial(solve, seed=seed, max_evaluations=max_evaluations, throw=False)
+    solve = partial(solve, seed=seed, max_evaluations=max_evaluations, throw=False, runtime=runtime, slots=slots)
     draws = _no_draws(k.shape[0], samples, start)
     try:
         _fill(draws, task, solve, draws_at_once, progress)

@@ -22,6 +22,7 @@ from .likelihood import log_likelihood
 from .loss import Times
 from .model.score_model import ScoreModel
 from .pointwise import i_mmse, path_integral
+from .runtime import Runtime
 from .solution import LogLikelihood, Status
 from .targets import Gaussian
 
@@ -92,6 +93,7 @@ def sandwich(
     seed: int = 0,
     indices: Tensor | None = None,
     batch: int = 1024,
+    runtime: Runtime = "auto",
 ) -> Sandwich:
     """The probability flow's log p of `x` beside the bounds and the estimates that need no solve.
 
@@ -106,6 +108,7 @@ def sandwich(
         seed: 0 <= seed < 2^63.
         indices: (B,) global sample numbers that key the draws; default 0..B-1.
         batch: Rows of a network call of the estimators, >= 1.
+        runtime: How a step of the flow's solve runs, see `log_likelihood`.
 
     Returns:
         A Sandwich; print its `table()`.
@@ -125,7 +128,14 @@ def sandwich(
     }
     bound = sde_bound(model, x, divergence=divergence, **keywords)
     flow = log_likelihood(
-        model, x, divergence=divergence, tolerance=tolerance, data_moments=data_moments, seed=seed, indices=indices
+        model,
+        x,
+        divergence=divergence,
+        tolerance=tolerance,
+        data_moments=data_moments,
+        seed=seed,
+        indices=indices,
+        runtime=runtime,
     )
     if bool((flow.status == Status.INTERRUPTED).any()):
         raise KeyboardInterrupt

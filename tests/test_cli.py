@@ -106,6 +106,12 @@ def test_likelihood_writes_the_library_s_numbers(place):
     assert sorted(path.name for path in place.glob("out*")) == ["out.npz"]
 
 
+def test_a_runtime_changes_cost_only(place):
+    for how in ("eager", "compile"):
+        likelihood("--runtime", how, "--out", f"{how}.npz")
+    np.testing.assert_allclose(arrays("compile.npz")["log_prob"], arrays("eager.npz")["log_prob"], rtol=0, atol=1e-9)
+
+
 def test_an_interrupted_evaluation_goes_on_to_the_same_bits(place, monkeypatch):
     options = ("--divergence", "hutchinson", "--batch-size", "4")
     likelihood(*options, "--out", "whole.npz")

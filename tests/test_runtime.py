@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import SDES, Function, draw, mixture, perceptron, watched
+from helpers import SDES, Function, draw, mixture, perceptron, seeded, watched
 from torch import nn
 
 import sdekit
-from sdekit import Status, compiled
+from sdekit import Status, compiled, driver
 
 SDE = SDES["vp"]
 TARGET = mixture(3, 5)
@@ -158,6 +158,25 @@ def test_what_cannot_run_as_asked_runs_eagerly_and_says_why(reason, options):
     with pytest.warns(sdekit.errors.SdekitWarning, match=reason):
         found = sdekit.integrate(*given, runtime=options.get("runtime", "compile"))
     assert torch.equal(found.x, sdekit.integrate(*given, runtime="eager").x)
+
+
+MADE_OF_SOLVES = {
+    "ratio": lambda x, **how: sdekit.log_ratio(EXACT, LEARNED, x, **how).value,
+    "discrete": lambda x, **how: sdekit.discrete_log_likelihood(EXACT, (x > 0).long(), levels=2, **how).log_prob,
+    "sandwich": lambda x, **how: sdekit.sandwich(EXACT, x, draws=8, **how).flow.log_prob,
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_SOLVES)
+def test_what_is_made_of_solves_hands_runtime_and_slots_on(name, monkeypatch):
+    solve = MADE_OF_SOLVES[name]
+    x, asked, plain = TARGET.sample(3, generator=seeded(4)), [], driver.stepper
+    monkeypatch.setattr(driver, "stepper", lambda how, *rest: asked.append(how) or plain("eager", *rest))
+    eager, other = (solve(x, runtime=how) for how in ("eager", "compile"))
+    assert set(asked) == {"eager", "compile"}
+    assert torch.equal(eager, other)
+    if name != "sandwich":
+        torch.testing.assert_close(solve(x, slots=2), eager, rtol=0, atol=1e-9)
 
 
 def test_a_runtime_that_there_is_not_is_refused():

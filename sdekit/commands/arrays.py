@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..units import Levels, require_dequantized
+
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
@@ -138,3 +140,22 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:
+    """`x`, (N, *event), as float32 or float64; integers are dequantised where the levels are known.
+
+    Raises:
+        ValueError: There are no samples, or integers of unknown levels.
+    """
+    if x.dim() == 0 or x.shape[0] == 0:
+        raise ValueError("the array holds no samples.")
+    x = x[:, None] if x.dim() == 1 else x
+    if x.is_floating_point():
+        if levels is not None:
+            require_dequantized(x, levels, "the array")
+        return x if x.dtype == torch.float64 else x.float()
+    if levels is None:
+        raise ValueError(f"the array holds integers ({x.dtype}), which have no density: pass --levels.")
+    levels.check(x)
+    return levels.dequantise(x, torch.Generator().manual_seed(seed))

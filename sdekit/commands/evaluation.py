@@ -27,6 +27,7 @@ from ..divergence import Divergence
 from ..errors import PartialResultWarning, SdekitError, ToleranceWarning
 from ..likelihood import log_likelihood
 from ..model.score_model import ScoreModel
+from ..runtime import Runtime
 from ..solution import LogLikelihood, Status
 from .arrays import write_arrays
 
@@ -126,6 +127,7 @@ def evaluate(
     partial: Path | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    runtime: Runtime = "auto",
 ) -> Scores:
     """The scores of every sample of `x`, in batches.
 
@@ -137,6 +139,7 @@ def evaluate(
         partial: Where to keep what is finished; resumed from if it exists, removed by `discard` when done with it.
         device: Where batches are evaluated.
         progress: Show a progress bar.
+        runtime: How a step runs; changes cost only, and rounding.
 
     Raises:
         ValueError: `partial` is of other data, another model or other options.
@@ -163,6 +166,7 @@ def evaluate(
                     indices=rows.to(device),
                     max_evaluations=options.max_evaluations,
                     throw=False,
+                    runtime=runtime,
                 )
                 require_finished(result.status)
                 parts.append(Scores.of(result))

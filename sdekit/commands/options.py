@@ -82,6 +82,13 @@ key = click.option("--key", help="Name of the array in a .npz or .safetensors fi
 seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is random.")
 batch = click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Samples at a time.")
 device = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
+runtime = click.option(
+    "--runtime",
+    type=click.Choice(["auto", "eager", "compile", "graph"]),
+    default="auto",
+    show_default=True,
+    help="How a step runs; compile: some seconds first, then as fast as the network allows.",
+)
 overwrite = click.option("--overwrite", is_flag=True, help="Replace the result if it exists.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
 model = click.option("--model", "name", required=True, help="digits, a file of `sdekit train`, or module:function.")
