@@ -26,7 +26,7 @@ from torch import Tensor
 
 import sdekit
 
-from .peers import Run, _Field
+from .peers import ProbeOrExact, Run, _Field
 from .problems import Mixture
 
 available = all(importlib.util.find_spec(name) is not None for name in ("jax", "diffrax"))
@@ -63,13 +63,13 @@ def _arrived(found: Any) -> tuple[Tensor, Tensor, Tensor]:
     return end, arrived, 6.0 * count.double() + 2.0
 
 
-def diffrax_of_network(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, tolerance: float) -> Run:
-    """The same solver on a network, one fixed probe a sample: torch is called back at every stage.
+def diffrax_of_network(model: sdekit.ScoreModel, x: Tensor, probe: ProbeOrExact, tolerance: float) -> Run:
+    """The same solver on any model: torch is called back at every stage.
 
     Args:
         model: Float64, on the CPU.
         x: (B, *event) float64 states at t_min.
-        probe: (B, D) signs.
+        probe: (B, D) signs, one fixed probe a sample; None: the exact trace.
         tolerance: Relative and absolute.
     """
     import jax
@@ -81,7 +81,8 @@ def diffrax_of_network(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, toler
     field = _Field(model, x.shape[1:], probe)
 
     def call(t: Any, state: Any, signs: Any) -> Any:
-        times, states, field.probe = (torch.from_numpy(np.array(part)) for part in (t, state, signs))
+        times, states, given = (torch.from_numpy(np.array(part)) for part in (t, state, signs))
+        field.probe = None if probe is None else given
         with torch.no_grad():
             return field(times, states).numpy()
 
@@ -89,7 +90,7 @@ def diffrax_of_network(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, toler
         return jax.pure_callback(call, jax.ShapeDtypeStruct(state.shape, state.dtype), t, state, signs,
                                  vmap_method="broadcast_all")  # fmt: skip
 
-    start, signs = jnp.asarray(field.start(x).numpy()), jnp.asarray(probe.numpy())
+    start, signs = jnp.asarray(field.start(x).numpy()), jnp.asarray((x.flatten(1) if probe is None else probe).numpy())
     solve = jax.jit(jax.vmap(_solver(slope, model.sde.t_min, model.sde.t_max), in_axes=(0, None, 0)))
     bound = jnp.asarray(tolerance)
     ready = solve.lower(start, bound, signs).compile()
@@ -97,7 +98,7 @@ def diffrax_of_network(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, toler
     end, arrived, evaluations = _arrived(jax.block_until_ready(ready(start, bound, signs)))
     seconds = time.process_time() - began
     log_prob = torch.where(arrived, field.finish(end), torch.nan)
-    return Run(log_prob, field.calls, float(evaluations.mean()), seconds)
+    return Run(log_prob, field.calls, float(evaluations.mean()), seconds, field.latent(end))
 
 
 def _solver(field: Callable[..., Any], first: float, last: float) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ ORDER = (
     "likelihood_exact",
     "likelihood_learned",
     "likelihood_fresh",
+    "likelihood_pooled",
     "total_error",
     "likelihood_images",
     "likelihood_stress",
