@@ -92,8 +92,8 @@ class Stop:
 
 
 @contextmanager
-def stops(bar: tqdm[Any]) -> Iterator[Stop]:
-    """Records what ends a solve within, instead of raising it, and closes the progress bar."""
+def stops(bar: tqdm[Any] | None) -> Iterator[Stop]:
+    """Records what ends a solve within, instead of raising it, and closes the progress bar if there is one."""
     stop = Stop()
     try:
         yield stop
@@ -102,7 +102,8 @@ def stops(bar: tqdm[Any]) -> Iterator[Stop]:
     except KeyboardInterrupt:
         stop.status = Status.INTERRUPTED
     finally:
-        bar.close()
+        if bar is not None:
+            bar.close()
 
 
 def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:

@@ -38,6 +38,7 @@ _KEPT = 64  # recordings held
 _WINDOW = 14  # calls that a sum may reach back
 _NOTHING = 1e-12  # of the largest coefficient, what may be left over by the calls that a sum names
 _LARGEST = 30.0  # what the terms of a sum may add up to, by their sizes, against the sum
+_SAME = 1e-14  # relative, by which rounding sets apart what is the same
 _AGREE = 1e-8  # what a recording may differ by from the loop it was read off
 
 
@@ -209,9 +210,15 @@ def _record(term: Term, solver: Solver, controller: FixedGrid) -> Tape | None:
     return tape if _agrees(tape, run) else None
 
 
+def _multiple(target: Tensor, z: Tensor) -> bool:
+    """Whether `target` (R,) is a multiple of `z`, to rounding: one term of a sum will then do."""
+    rest = target - (target @ z) / (z @ z) * z
+    return bool((rest.abs() <= _SAME * target.abs().max()).all())
+
+
 def _sum(target: Tensor, z: Tensor, run: _Run, before: int, since: int, asked: int) -> Sum:
     """`target` (R,) as a sum of `z`, of few of the last of `before` calls, and of the draws `since` to `asked`."""
-    if torch.equal(target, z):
+    if _multiple(target, z) and abs(float(target @ z) / float(z @ z) - 1.0) <= _SAME:
         return SAME
     calls = len(run.given)
     for window in range(_WINDOW + 1):
@@ -219,7 +226,7 @@ def _sum(target: Tensor, z: Tensor, run: _Run, before: int, since: int, asked: i
         free = torch.zeros(len(target), dtype=torch.bool)
         free[1 + first : 1 + before] = True
         free[1 + calls + since : 1 + calls + asked] = True
-        names = [j for j in range(first, before) if not torch.equal(run.given[j], z)]
+        names = [j for j in range(first, before) if not _multiple(run.given[j], z)]
         basis = torch.stack([z, *run.given[names]], 1)
         size = basis.abs().amax(0).clamp(min=1e-300)
         known, wanted = (basis / size)[~free], target[~free, None]

@@ -25,6 +25,7 @@ from .parts import CannotCompileError, own_parts
 from .tracing import Program
 
 Runtime = Literal["auto", "eager", "compile", "graph"]
+_RUNTIMES = get_args(Runtime)
 
 _COMPACT_SHARE = 0.85  # finished samples leave the batch when fewer than this share still run ...
 _COMPACT_LEAST = 8  # ... unless the batch is so small that a call costs the same
@@ -52,8 +53,8 @@ class Step(Protocol):
 
 def require_runtime(runtime: str) -> None:
     """Raises ValueError unless `runtime` is one of those that there are."""
-    if runtime not in get_args(Runtime):
-        raise ValueError(f"runtime={runtime!r}; one of {', '.join(map(repr, get_args(Runtime)))} is needed.")
+    if runtime not in _RUNTIMES:
+        raise ValueError(f"runtime={runtime!r}; one of {', '.join(map(repr, _RUNTIMES))} is needed.")
 
 
 def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
