@@ -22,6 +22,7 @@ _CONTROL_GROUPS = (  # limit and use of the control group a container runs in, v
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 _OUT = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+_OUT += ("could not create a primitive",)  # what oneDNN says of a convolution for which it cannot have the room
 
 
 def free_bytes(device: torch.device) -> int:
