@@ -21,8 +21,13 @@ _CONTROL_GROUPS = (  # limit and use of the control group a container runs in, v
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_OUT = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
-_OUT += ("could not create a primitive",)  # what oneDNN says of a convolution for which it cannot have the room
+_OUT = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "could not create a primitive",
+)  # the last is oneDNN's, of a convolution that cannot have its room
 
 
 def free_bytes(device: torch.device) -> int:

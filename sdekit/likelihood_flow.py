@@ -216,11 +216,13 @@ class LikelihoodFlow(Term):
         if gradient is None or self.divergence is None:
             raise TypeError("a LikelihoodFlow without a divergence carries no density; control it in the state's norm.")
         least = max(_LEAST, min(1.0, _CANCELS / math.sqrt(gradient.shape[1])))
+        gradient = gradient if error.u.dim() == 2 else gradient[:, None]
         if self.fresh and self.channels == self.values:
             # Fresh noise must not steer the path: without a control probe only the norms are at hand.
-            return least * dot(gradient, gradient).sqrt() * dot(error.u, error.u).sqrt()
-        in_u = dot(gradient, error.u)
-        in_l = error.log_det[:, -1] if self.fresh else error.log_det.mean(1)
+            steep, large = (part.square().sum(-1, dtype=torch.float64).sqrt() for part in (gradient, error.u))
+            return least * steep * large
+        in_u = (gradient * error.u).sum(-1, dtype=torch.float64)
+        in_l = error.log_det[..., -1] if self.fresh else error.log_det.mean(-1)
         return torch.maximum((in_u + in_l).abs(), least * (in_u.abs() + in_l.abs()))
 
     def rounding(self, length: Tensor, before: FlowState, after: FlowState, aux: Aux) -> Tensor:

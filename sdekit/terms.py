@@ -111,7 +111,7 @@ class Term(ABC):
         return flatten(z)
 
     def nats(self, error: Any, aux: Aux) -> Tensor:
-        """(B,) float64 what a local error costs in log density; defined for a LikelihoodFlow only.
+        """(B,) float64 what a local error costs in log density, (B, K) of K errors; defined for a LikelihoodFlow only.
 
         Raises:
             TypeError: This term carries no density.

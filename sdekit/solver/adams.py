@@ -223,13 +223,13 @@ class Adams(Solver):
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
         # While it starts two nodes may coincide: what is not used must be zero, or a derivative meets its infinities.
         correct = torch.where(begun[:, None], known.sum(1), 0.0)
-        rows = [terms] if memory.choice is None else [terms, (terms - 1).clamp(min=0), (terms + 1).clamp(max=depth)]
+        rows = [terms] if memory.choice is None else [(terms - 1).clamp(min=0), terms, (terms + 1).clamp(max=depth)]
         index = torch.stack(rows, 1)[:, :, None].expand(-1, -1, depth + 1)
         single = torch.where(begun[:, None, None], forward.gather(1, index), 0.0)
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
         sums = tree_map(lambda past: _weighted(torch.cat((correct[:, None], single), 1), past), slopes)
         moved = select(begun, tree_map(lambda state, total: state + total[:, 0], z, sums), z)
-        error = tree_map(lambda total: total[:, 1], sums)
+        error = tree_map(lambda total: total[:, len(rows) // 2 + 1], sums)
         entered = tree_map(lambda past: past[:, :depth], (nodes, slopes))
         for turn, (_, place, overwrite) in enumerate(start):
             if overwrite:
@@ -240,7 +240,7 @@ class Adams(Solver):
         if choice is None:
             kept = Memory(memory.entered + 1, *entered, ledger)
             return Proposal(moved, error, aux, kept, memory.entered >= depth)
-        costs = _costs(term, sums, aux)
+        costs = _costs(term, tree_map(lambda total: total[:, 1:], sums), aux)
         kept = Memory(memory.entered + 1, *entered, ledger, choose(choice, memory.entered, depth, costs))
         return Proposal(moved, error, aux, kept, memory.entered >= _FIRST, terms.clamp(min=1))
 
@@ -275,15 +275,12 @@ def _both(past: Tensor, nodes: Tensor, valid: Tensor, s0: Tensor, s1: Tensor) ->
     return weights[:batch, :depth, :depth], weights[batch:]
 
 
-def _costs(term: Term, sums: Any, aux: Aux) -> Tensor:
-    """(B, 3) what the terms m - 1, m, m + 1 (places 2, 1 and 3 of `sums`) cost, in nats or in the state's norm."""
-    turned = tree_map(lambda total: total[:, [2, 1, 3]].flatten(0, 1), sums)
-    if not term.has_density:
-        found = term.watched(turned).square().sum(1, dtype=torch.float64).sqrt()
-    else:
-        gradient = None if aux.gradient is None else aux.gradient.repeat_interleave(3, 0)
-        found = term.nats(turned, Aux(gradient, None))
-    return found.reshape(-1, 3)
+def _costs(term: Term, errors: Any, aux: Aux) -> Tensor:
+    """(B, K) what errors (B, K, ..) cost, in nats or in the state's norm."""
+    if term.has_density:
+        return term.nats(errors, aux)
+    watched = term.watched(tree_map(lambda part: part.flatten(0, 1), errors))
+    return watched.square().sum(1, dtype=torch.float64).sqrt().reshape(batch_of(errors).shape[:2])
 
 
 def _weighted(weights: Tensor, past: Tensor) -> Tensor:
