@@ -21,6 +21,11 @@ def check_method(solver: Solver, controller: Controller, path: BrownianPath | No
             f"{solver} has no error estimate, so {type(controller).__name__} cannot control it: "
             "pass controller=sdekit.FixedGrid(times), or a solver with an embedded estimate."
         )
+    if solver.needs_control and not controller.needs_error:
+        raise ValueError(
+            f"{solver} is for controlled steps, and {type(controller).__name__} accepts every step: take a fixed order, "
+            "for example sdekit.Adams(4), or a controller such as sdekit.Nats() or sdekit.PID()."
+        )
     if solver.draws and path is None:
         raise ValueError(
             f"path=None; {type(solver).__name__} draws noise: pass path=sdekit.IndependentIncrements(seed, indices), "

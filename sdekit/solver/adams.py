@@ -141,13 +141,13 @@ class Adams(Solver):
     """Adams-Moulton of order `order` correcting, Adams-Bashforth of one order less predicting, variable steps.
 
     Args:
-        order: Of the solution, 2 to 7; it remembers order - 1 nodes. 5 is the "Adams 4(5)" of the literature.
+        order: Of the solution, 2 to 7; it remembers order - 1 nodes. With 5 it is an "Adams 4(5)".
         start: "ramp": the order ramps up from 2 as nodes come in, without an evaluation more: for controlled steps,
             which begin short; on a fixed grid the whole is then of order 3 at most. "inside": orders 4 and 5 begin
             inside of the first step (2 and 5 evaluations more) and keep their order on a fixed grid; not with fresh
             probes.
         adaptive: Each sample chooses its order, 3 up to `order`, as it goes; `order` is then 5 at least. For controlled
-            steps. The likelihood's default has 7 for its highest, 5 with fresh probes.
+            steps only. The likelihood's default has 7 for its highest, 5 with fresh probes.
     """
 
     order: int = 5
@@ -170,6 +170,10 @@ class Adams(Solver):
     @property
     def linear(self) -> bool:
         return not self.adaptive
+
+    @property
+    def needs_control(self) -> bool:
+        return self.adaptive
 
     @property
     def error_order(self) -> int:

@@ -85,6 +85,11 @@ class Solver(ABC):
         return True
 
     @property
+    def needs_control(self) -> bool:
+        """Whether it is for controlled steps only: what it does in a step depends on the states before in jumps."""
+        return False
+
+    @property
     def weighs_nodes(self) -> bool:
         """Whether the solver keeps the weight of every node's probe, as fresh probes need."""
         return False

@@ -294,6 +294,21 @@ class TestAdaptiveOrder:
         torch.testing.assert_close(ends[0].x, ends[1].x, rtol=1e-6, atol=1e-6)
         assert ends[0].stats.evaluations.sum() < ends[1].stats.evaluations.sum()
 
+    def test_a_fixed_grid_is_refused(self):
+        """Its derivative and the density of its samples would have jumps that nothing sees."""
+        model, x = mixture(2, 4).score_model(SDE), draw(1, 3, 2)
+        solver = sdekit.Adams(7, adaptive=True)
+        for solve in (
+            lambda: sdekit.log_prob(model, x, nodes=16, solver=solver),
+            lambda: sdekit.sample(model, (3, 2), steps=16, solver=solver),
+            lambda: sdekit.sampler_log_density(model, x, steps=16, solver=solver),
+            lambda: sdekit.log_likelihood(
+                model, x, solver=solver, controller=sdekit.FixedGrid(sdekit.grid.likelihood(SDE, 16).flip(0))
+            ),
+        ):
+            with pytest.raises(ValueError, match="for controlled steps"):
+                solve()
+
     def test_what_it_cannot_be_is_refused(self):
         for order, start in ((4, "ramp"), (5, "inside")):
             with pytest.raises(ValueError, match="adaptive=True"):
