@@ -23,8 +23,8 @@ def check_method(solver: Solver, controller: Controller, path: BrownianPath | No
         )
     if solver.needs_control and not controller.needs_error:
         raise ValueError(
-            f"{solver} is for controlled steps, and {type(controller).__name__} accepts every step: take a fixed order, "
-            "for example sdekit.Adams(4), or a controller such as sdekit.Nats() or sdekit.PID()."
+            f"{solver} is for controlled steps, and {type(controller).__name__} accepts every step: "
+            "take a fixed order, for example sdekit.Adams(4), or a controller such as sdekit.Nats() or sdekit.PID()."
         )
     if solver.draws and path is None:
         raise ValueError(
