@@ -30,6 +30,7 @@ from sdekit.solver import adams
 
 from .common import Goal, Report, arguments, quantile
 from .control_ideas import TOLERANCES, cases, facts, of_patches
+from .control_ideas import solved as solved_by
 from .problems import SDES, digits, near_separatrix, random_mixture
 from .solver_error import Case
 
@@ -77,13 +78,8 @@ def constants(changed: dict[str, float]) -> Iterator[None]:
 
 def solved(case: Case, method: Method, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """(B,) errors, estimates and evaluations."""
-    divergence = sdekit.Exact() if case.x.dim() == 2 else sdekit.Hutchinson(probes=1, fresh=False)
-    with warnings.catch_warnings(), constants(method.constants):
-        warnings.simplefilter("ignore")
-        found = sdekit.log_likelihood(
-            case.model, case.x, divergence=divergence, solver=method.solver, tolerance=tolerance, throw=False
-        )
-    return case.error(found), found.solver_error, found.stats.evaluations.double()
+    with constants(method.constants):
+        return solved_by(case, (sdekit.Nats(tolerance), method.solver))
 
 
 def far(seed: int, quick: bool) -> Case:

@@ -226,6 +226,19 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     return made
 
 
+def needed(rungs: Sequence[tuple[float, float]], wanted: float) -> float:
+    """What an error of `wanted` costs on a ladder of (cost, error), log-linear; NaN where no rung is as close."""
+    for number, (cost, error) in enumerate(rungs):
+        if error > wanted:
+            continue
+        if number == 0:
+            return cost
+        before, above = rungs[number - 1]
+        share = math.log(above / wanted) / math.log(above / error) if math.isfinite(above) else 1.0
+        return before * (cost / before) ** share
+    return math.nan
+
+
 def quantile(values: Tensor, share: float) -> float:
     """The quantile of a sample; NaN counts as infinite."""
     if not values.numel():

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import sdekit
 
 from . import peers_jax
-from .common import Goal, Report, Table, arguments, cached, digest, quantile, share_within
+from .common import Goal, Report, Table, arguments, cached, digest, needed, quantile, share_within
 from .patches import bits_per_dimension, held_out, trained
 from .peers import Run, fixed_probe, torchdiffeq_dopri5, torchode_tsit5
 from .problems import digits, exact_problem, random_mixture, ring
@@ -169,18 +169,9 @@ def climb(equation: Equation, name: str, bar: tqdm) -> list[Run]:
     return runs
 
 
-def needed(runs: list[Run], truth: Tensor, wanted: float) -> float:
-    """Evaluations that put 95% within `wanted`, log-linear between the ladder's rungs; NaN where none is as close."""
-    points = [(run.evaluations, quantile((run.log_prob - truth).abs(), SHARE)) for run in runs]
-    for number, (cost, error) in enumerate(points):
-        if error > wanted:
-            continue
-        if number == 0:
-            return cost
-        before, above = points[number - 1]
-        share = math.log(above / wanted) / math.log(above / error) if math.isfinite(above) else 1.0
-        return before * (cost / before) ** share
-    return math.nan
+def costs(runs: list[Run], truth: Tensor) -> list[tuple[float, float]]:
+    """Evaluations, and the error that 95% of the samples have, of each rung."""
+    return [(run.evaluations, quantile((run.log_prob - truth).abs(), SHARE)) for run in runs]
 
 
 class Tables(NamedTuple):
@@ -244,15 +235,17 @@ def compare(
     close = quantile((mine.run.log_prob[: equation.shared] - truth).abs(), SHARE)
     cost = float(mine.evaluations[: equation.shared].mean())
     start: list[str | float | int] = [equation.name, len(truth), tolerance, close, cost]
-    within, as_close = ({name: needed(runs, truth, e) for name, runs in ladders.items()} for e in (tolerance, close))
+    within, as_close = (
+        {name: needed(costs(runs, truth), e) for name, runs in ladders.items()} for e in (tolerance, close)
+    )
     for name in ladders:
         row = [*start, name, within[name], as_close[name]]
         table.rows.append([*row, cost / within[name], cost / as_close[name]])
     if "Tsit5" in ours:
         rival = ours["Tsit5"].run.evaluations
         table.rows.append([*start, "sdekit Tsit5, same control", rival, math.nan, cost / rival, math.nan])
-    for reading, costs in (("within it", within), ("as close", as_close)):
-        best = min((value for value in costs.values() if not math.isnan(value)), default=math.nan)
+    for reading, found in (("within it", within), ("as close", as_close)):
+        best = min((value for value in found.values() if not math.isnan(value)), default=math.nan)
         title = f"{equation.name}, {tolerance:g}: evaluations, of the best peer's with 95% {reading}"
         if math.isnan(best):
             title, best = (

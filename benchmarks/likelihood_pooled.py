@@ -11,9 +11,7 @@ sample is done; evaluations are each sample's own, but of torchdiffeq, which ste
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +20,9 @@ from tqdm import tqdm
 import sdekit
 
 from . import peers_jax
-from .common import Goal, Report, arguments, quantile, share_within
-from .likelihood_fresh import TOLERANCES, exact, networks
+from .common import Goal, Report, arguments, needed, quantile, share_within
+from .likelihood_fresh import TOLERANCES, Solved, exact, networks, pooled
+from .likelihood_fresh import solve as ours
 from .likelihood_images import decades
 from .peers import Run, torchdiffeq_dopri5, torchode_tsit5
 from .reference import Reference
@@ -36,14 +35,6 @@ LADDER = ["method", "rtol = atol", "n", "median error", "95%", "worst", "evaluat
 CLOSE = ["tolerance", "sdekit's 95% error", "sdekit's evaluations", "method"]
 CLOSE += ["95% within the tolerance", "as close as sdekit", "sdekit of the former", "sdekit of the latter"]
 Peer = Callable[[sdekit.ScoreModel, Tensor, None, float], Run]
-
-
-class Solved(NamedTuple):
-    """Of all samples (n,): the errors, the evaluations each needed, and those of its batch."""
-
-    error: Tensor
-    evaluations: Tensor
-    calls: Tensor
 
 
 def sixteenth(case: Case) -> Case:
@@ -67,34 +58,7 @@ def theirs(case: Case, solve: Peer, tolerance: float) -> Solved:
         ends = law.marginal_log_prob(sde, run.latent, sde.t_max) - law.marginal_log_prob(sde, case.x, sde.t_min)
         error = (log_det + ends).abs()
     ones = torch.ones_like(error)
-    return Solved(error.nan_to_num(nan=math.inf), run.evaluations * ones, float(run.calls) * ones)
-
-
-def ours(case: Case, tolerance: float) -> Solved:
-    """sdekit's default."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = sdekit.log_likelihood(case.model, case.x, divergence=sdekit.Exact(), tolerance=tolerance, throw=False)
-    calls = torch.full_like(found.solver_error, float(found.stats.calls))
-    return Solved(case.error(found), found.stats.evaluations.double(), calls)
-
-
-def together(parts: list[Solved]) -> Solved:
-    """All problems as one."""
-    return Solved(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def needed(rungs: list[Solved], wanted: float) -> float:
-    """Evaluations a sample that put 95% within `wanted`; NaN where no rung does."""
-    points = [(float(rung.evaluations.mean()), quantile(rung.error, SHARE)) for rung in rungs]
-    for number, (cost, error) in enumerate(points):
-        if error > wanted:
-            continue
-        if number == 0:
-            return cost
-        before, above = points[number - 1]
-        return before * (cost / before) ** (math.log(above / wanted) / math.log(above / error))
-    return math.nan
+    return Solved(error.nan_to_num(nan=math.inf), math.nan * ones, run.evaluations * ones, float(run.calls) * ones)
 
 
 def main() -> None:
@@ -108,20 +72,20 @@ def main() -> None:
     cases = [sixteenth(part.case) for part in parts]
     mine: dict[float, Solved] = {}
     for tolerance in TOLERANCES:
-        found = mine[tolerance] = together([ours(case, tolerance) for case in tqdm(cases, desc=f"{tolerance:g}")])
+        found = mine[tolerance] = pooled([ours(case, tolerance) for case in tqdm(cases, desc=f"{tolerance:g}")])
         row = [share_within(found.error, tolerance), quantile(found.error, 1.0) / tolerance]
         row += [quantile(found.error, SHARE) / tolerance, float(found.evaluations.mean()), float(found.calls.mean())]
         own.rows.append([tolerance, found.error.numel(), *row])
     peers: dict[str, Peer] = {"torchdiffeq dopri5": torchdiffeq_dopri5, "torchode tsit5": torchode_tsit5}
     if peers_jax.available:
         peers["diffrax tsit5"] = peers_jax.diffrax_of_network
-    rungs: dict[str, list[Solved]] = {name: [] for name in peers}
+    rungs: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
     for name, solve in peers.items():
         for tolerance in decades(-2, -4 if chosen.quick else -8, 1):
-            found = together([theirs(case, solve, tolerance) for case in tqdm(cases, desc=f"{name} {tolerance:g}")])
-            rungs[name].append(found)
+            found = pooled([theirs(case, solve, tolerance) for case in tqdm(cases, desc=f"{name} {tolerance:g}")])
             row = [quantile(found.error, q) for q in (0.5, SHARE, 1.0)]
             row += [float(found.evaluations.mean()), float(found.calls.mean())]
+            rungs[name].append((row[3], row[1]))
             ladder.rows.append([name, tolerance, found.error.numel(), *row])
             report.save(final=False)
     for tolerance, found in mine.items():
