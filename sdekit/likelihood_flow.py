@@ -163,9 +163,9 @@ class LikelihoodFlow(Term):
         du, gradient = of_x.to(x.dtype)[:, :, None] * x + of_output.to(x.dtype)[:, :, None] * out
         log_det = traces + (of_x[0] * scale * x.shape[1])[:, None]
         coarse = None
-        if self.has_density and torch.finfo(self.model.network_dtype(x)).eps > torch.finfo(x.dtype).eps:
+        if self.has_density and (network := torch.finfo(self.model.network_dtype(x)).eps) > torch.finfo(x.dtype).eps:
             own = gradient * column(of_output[0], out) * out
-            coarse = (dot(own, own) + traces[:, 0].square()).sqrt()
+            coarse = _COARSER * network * (dot(own, own) + traces[:, 0].square()).sqrt()
         # J' v of the whole field is the network's plus a multiple of v, which has no variance: left out of `product`.
         return Evaluation(FlowState(du, log_det, product), Aux(gradient, notes, coarse))
 
@@ -229,10 +229,10 @@ class LikelihoodFlow(Term):
         gradient = aux.gradient
         if gradient is None:
             raise TypeError("a LikelihoodFlow without a divergence carries no density; its rounding costs no nats.")
-        state, network = (torch.finfo(dtype).eps for dtype in (before.u.dtype, self.model.network_dtype(before.u)))
         gained = (after.log_det - before.log_det)[:, 0].square()
         # Each coordinate is rounded by itself; the trace is a sum of D numbers.
-        square = (_ROUNDING * state) ** 2 * (dot(gradient * before.u, gradient * before.u) + gained)
-        if aux.coarse is None:
-            return torch.stack((square, torch.zeros_like(square)), 1)
-        return torch.stack((square, _COARSER * network * length.abs() * aux.coarse), 1)
+        square = (_ROUNDING * torch.finfo(before.u.dtype).eps) ** 2 * (
+            dot(gradient * before.u, gradient * before.u) + gained
+        )
+        alike = torch.zeros_like(square) if aux.coarse is None else length.abs() * aux.coarse
+        return torch.stack((square, alike), 1)

@@ -32,7 +32,7 @@ class Aux(NamedTuple):
     Attributes:
         gradient: (B, D) gradient of the log density in the term's own coordinates, or None.
         note: What is kept of fresh probes, or None.
-        coarse: (B,) float64 nats a unit of s that come of the network's output, where it has less precision than the
+        coarse: (B,) float64 nats a unit of s that the network's rounding costs, where it has less precision than the
             state; else None.
     """
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 import torch
 
 from ..errors import SdekitError
+from ..runtime import Runtime
 from .evaluation import Interrupted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -84,7 +85,7 @@ batch = click.option("--batch-size", type=click.IntRange(1), default=256, show_d
 device = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
 runtime = click.option(
     "--runtime",
-    type=click.Choice(["auto", "eager", "compile", "graph"]),
+    type=click.Choice(get_args(Runtime)),
     default="auto",
     show_default=True,
     help="How a step runs; compile: some seconds first, then as fast as the network allows.",

@@ -233,13 +233,14 @@ class Adams(Solver):
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
         sums = tree_map(lambda past: _weighted(torch.cat((correct[:, None], single), 1), past), slopes)
         moved = select(begun, tree_map(lambda state, total: state + total[:, 0], z, sums), z)
-        error = tree_map(lambda total: total[:, len(rows) // 2 + 1], sums)
+        place = 1 if memory.choice is None else 2  # of term m
+        error = tree_map(lambda total: total[:, place], sums)
         entered = tree_map(lambda past: past[:, :depth], (nodes, slopes))
-        for turn, (_, place, overwrite) in enumerate(start):
+        for turn, (_, at, overwrite) in enumerate(start):
             if overwrite:
                 now = memory.entered == turn
-                put = tree_map(lambda past, entry, k=place: instead(past, k, entry), memory.slopes, fresh)
-                entered = select(now, (instead(memory.nodes, place, s1), put), entered)
+                put = tree_map(lambda past, entry, k=at: instead(past, k, entry), memory.slopes, fresh)
+                entered = select(now, (instead(memory.nodes, at, s1), put), entered)
         ledger, choice = self._book(term, memory, aux.note, correct), memory.choice
         if choice is None:
             kept = Memory(memory.entered + 1, *entered, ledger)
