@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_WITH_FLOAT64 = ("cpu", "cuda")  # known to have it: not asked every time
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
@@ -46,6 +47,8 @@ def require_count(name: str, value: int, least: int = 1) -> None:
 
 def require_float64(device: torch.device) -> None:
     """Raises ValueError for a device without float64 (schedules, time and log-densities need it)."""
+    if device.type in _WITH_FLOAT64:
+        return
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError) as error:

@@ -128,7 +128,7 @@ class IndependentIncrements(Draws):
         sizes = [(abs(s1 - s0) / parts[kind]) ** 0.5 if kind in parts else 1.0 for kind, s0, s1, *_ in asked]
         counter = torch.tensor(counters, device=each.device).repeat_interleave(len(self))
         drawn = _random.normal(each, counter, like.shape[1:].numel(), torch.float64).reshape(len(asked), *like.shape)
-        return (column(torch.tensor(sizes, dtype=torch.float64, device=each.device), drawn) * drawn).to(like.dtype)
+        return drawn.mul_(column(torch.tensor(sizes, dtype=torch.float64, device=each.device), drawn)).to(like.dtype)
 
     def take(self, rows: Tensor) -> IndependentIncrements:
         return self.having(tuple(part[rows] for part in self.parts()))

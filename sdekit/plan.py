@@ -26,13 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._checks import choose_device, require_count, require_deterministic, require_seed
+from ._sampler import default_solver
 from .controller import FixedGrid
 from .grid import likelihood, mixed_time
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
 from .prior import draw_prior
-from .sampling import default_solver
 from .solution import Status
 from .solver.adams import Adams
 from .solver.base import Solver

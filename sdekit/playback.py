@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time as clock
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from .recording import recorded, usable
 from .runtime import Runtime
 from .solution import Path, Solution, Stats, Status
 from .solver.base import Solver
-from .tape import Draw, Tape, added
+from .tape import STATE, Draw, Tape, added, input_of, output_of
 from .terms import Term
 
 _BLOCK = 1 << 15  # numbers drawn at once
@@ -54,37 +55,42 @@ def play(
         limits: As in the loop. Between calls nothing is asked of the device, unless there is a wall time.
         began: When the solve did, by the monotonic clock.
     """
-    z, t, made, calls = x, start, 0, 0
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
-    noise = _Noise(tape, path, x)
-    numbers = [call.label for step in tape.steps for call in step.calls]
-    labels = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    call_network = model.caller(x, labels)
+    values = tape.empty()
+    values[STATE] = x
+    t, made, calls, steps = start, 0, 0, len(tape.steps)
+    noise = _Noise(tape, path, x, values)
+    call_network = model.caller(x, tape.labels)
     seen = [(start, x)] if limits.keep_path else []
-    bar = tqdm(total=len(tape.steps), unit="step") if limits.progress else None  # one that shows nothing takes 30 us
+    bar = tqdm(total=steps, unit="step") if limits.progress else None  # one that shows nothing takes 30 us
     with stops(bar) as stop:
         for step in tape.steps:
-            if limits.wall_time is not None and _seconds(began, z) >= limits.wall_time:
+            if limits.wall_time is not None and _seconds(began, x) >= limits.wall_time:
                 stop.status = Status.TIME_LIMIT
                 break
-            for call in step.calls:
-                noise.ask(call.draws)
-                inputs[calls] = added(call.given, z, inputs, outputs, noise.known)
-                outputs[calls] = call_network(inputs[calls], calls)
+            for given, draws, tilt in step.calls:
+                if draws:
+                    noise.ask(draws)
+                shown = added(given, values)
+                out = call_network(shown, calls)
+                values[input_of(calls)] = shown
+                values[output_of(calls)] = torch.add(out, shown, alpha=tilt) if tilt else out
                 calls += 1
-            noise.ask(step.draws)
-            z, t, made = added(step.after, z, inputs, outputs, noise.known), step.t, made + 1
-            for j in step.spent:
-                outputs.pop(j, None)
-                inputs.pop(j, None)
-            for n in step.drawn:
-                noise.known.pop(n, None)
+            if step.draws:
+                noise.ask(step.draws)
+            if not tape.chained or limits.keep_path:
+                values[STATE] = added(step.after, values)
+            t, made = step.t, made + 1
+            for place in step.spent:
+                values[place] = None
             if limits.keep_path:
-                seen.append((t, z))
+                seen.append((t, values[STATE]))  # type: ignore[arg-type]
             if bar is not None:
                 bar.update()
-    return Played(z, t, made, calls, stop.status, stop.error, seen)
+    if tape.chained and not limits.keep_path and made:
+        values[STATE] = added(tape.steps[made - 1].after, values)
+    reached = values[STATE]
+    assert reached is not None  # it holds a state from the start on
+    return Played(reached, t, made, calls, stop.status, stop.error, seen)
 
 
 def _seconds(began: float, like: Tensor) -> float:
@@ -95,27 +101,28 @@ def _seconds(began: float, like: Tensor) -> float:
 
 
 class _Noise:
-    """The answers of a path to a tape's questions, in blocks where the path can give them so.
+    """Puts the answers of a path to a tape's questions in their places, in blocks where the path can give them so."""
 
-    Attributes:
-        known: Those that were asked and are still needed.
-    """
-
-    def __init__(self, tape: Tape, path: BrownianPath | None, like: Tensor) -> None:
-        self.known: dict[int, Tensor] = {}
-        self._tape, self._path, self._like = tape, path, like
+    def __init__(self, tape: Tape, path: BrownianPath | None, like: Tensor, values: list[Tensor | None]) -> None:
+        self._tape, self._path, self._like, self._values = tape, path, like, values
         self._ahead = max(1, _BLOCK // max(1, like.numel())) if isinstance(path, IndependentIncrements) else 0
 
     def ask(self, numbers: tuple[int, ...]) -> None:
         """Makes the draws of these numbers known."""
+        first = self._tape.draw_place(0)
         for n in numbers:
-            if n in self.known:
+            if self._values[first + n] is not None:
                 continue
             if self._ahead and isinstance(self._path, IndependentIncrements):
                 asked = self._tape.draws[n : n + self._ahead]
-                self.known.update(zip(range(n, n + len(asked)), self._path.block(asked, self._like), strict=True))
+                self._values[first + n : first + n + len(asked)] = self._path.block(asked, self._like).unbind(0)
             else:
-                self.known[n] = _drawn(self._tape.draws[n], self._path, self._like)
+                self._values[first + n] = _drawn(self._tape.draws[n], self._path, self._like)
+
+
+def _ends(grid: FixedGrid) -> tuple[float, float]:
+    """Its first time and its last."""
+    return float(grid.times[0]), float(grid.times[-1])
 
 
 def _drawn(draw: Draw, path: BrownianPath | None, like: Tensor) -> Tensor:
@@ -159,27 +166,35 @@ def _played(
     try:
         tape = recorded(term, solver, controller)
     except KeyboardInterrupt:
-        tape = Tape((), (), 0)
+        tape = Tape((), (), ())
     if tape is None or tape.calls > max_evaluations:
         return 0
-    start = float(controller.times[0])
+    start, end = _ends(controller)
     with torch.inference_mode(False), torch.no_grad():
         played = play(tape, term.model, working(x0), path, start, limits, began)
-    finite = all_finite(played.x)
-    if played.stopped is None and played.error is None and not bool(finite.all()):
+    count, device = len(indices), x0.device
+    finite = math.isfinite(float(played.x.sum()))  # else some number is not, or the sum overflows
+    each = None if finite else all_finite(played.x)
+    if played.stopped is None and played.error is None and each is not None and not bool(each.all()):
         return played.calls
     through = bool(tape.steps) and played.steps == len(tape.steps)
     ended = Status.DONE if through else played.stopped or (Status.RUNNING if tape.steps else Status.INTERRUPTED)
-    each = torch.ones_like(indices)
-    t = torch.full((len(indices),), played.t, dtype=torch.float64, device=x0.device)
-    stats = Stats(played.calls * each, played.steps * each, 0 * each, played.calls, played.calls * len(indices))
+
+    def whole(number: int) -> Tensor:
+        return torch.full((count,), number, dtype=torch.int64, device=device)
+
+    t = torch.full((count,), played.t, dtype=torch.float64, device=device)
+    stats = Stats(whole(played.calls), whole(played.steps), whole(0), played.calls, played.calls * count)
     way = None
     if return_path:
-        times = torch.tensor([at for at, _ in played.seen], dtype=torch.float64, device=x0.device)
-        way = Path(times.expand(len(indices), -1), torch.stack([x for _, x in played.seen], 1).to(x0.dtype))
-    status = torch.where(finite, int(ended), int(Status.NOT_FINITE))
+        times = torch.tensor([at for at, _ in played.seen], dtype=torch.float64, device=device)
+        way = Path(times.expand(count, -1), torch.stack([x for _, x in played.seen], 1).to(x0.dtype))
+    status = whole(int(ended))
+    if each is not None:
+        status = torch.where(each, status, int(Status.NOT_FINITE))
     solution = Solution(played.x.to(x0.dtype), t, status, stats, {}, way)
-    finish(solution, solution.status, played.error, t, f"t={float(controller.times[-1]):.6g}", indices, throw)
+    if not through or each is not None:  # else every sample has arrived
+        finish(solution, solution.status, played.error, t, f"t={end:.6g}", indices, throw)
     return solution
 
 
@@ -196,7 +211,7 @@ def solve(
 ) -> Solution:
     """From t0 to t1 along a recording where there can be one, else by the loop."""
     vain = 0
-    if isinstance(controller, FixedGrid) and (t0, t1) == tuple(controller.times[[0, -1]].tolist()):
+    if isinstance(controller, FixedGrid) and (t0, t1) == _ends(controller):
         term.model.check_batch(x.shape[0])
         check_method(solver, controller, path)
         require_same_device(term.model, x, "x0")

@@ -7,8 +7,9 @@ On a fixed grid every method without a step control is linear in the start, the 
 
 with j among the last few calls (a prediction is a multiple of the state it was made at and of the output), and all
 coefficients are known before the network is asked. They are read off from the one loop itself: it is run on a batch in
-which row 0 starts at 1 and every other row has a single output or draw equal to 1, all else 0. So no method states its
-coefficients twice, and playing back gives what the loop gives, to rounding, at a tenth of the cost around the network.
+which row 0 starts at 1 and every other row has a single output or draw equal to 1, all else 0, and what comes out is
+written as short sums (shortening.py). So no method states its coefficients twice, and playing back gives what the loop
+gives, to rounding, at a tenth of the cost around the network.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,14 @@ from .errors import SdekitError
 from .likelihood_flow import LikelihoodFlow
 from .loop import Problem, begin
 from .model.score_model import ScoreModel
+from .shortening import Run, written
 from .solution import Status
 from .solver.base import Solver
-from .tape import SAME, Call, Draw, Step, Sum, Tape, added
+from .tape import Draw, Tape
 from .terms import ProbabilityFlow, ReverseSDE, Term
 
 MOST_CALLS = 512  # longer recordings take seconds
 _KEPT = 64  # recordings held
-_WINDOW = 14  # calls that a sum may reach back
-_NOTHING = 1e-12  # of the largest coefficient, what may be left over by the calls that a sum names
-_LARGEST = 30.0  # what the terms of a sum may add up to, by their sizes, against the sum
-_SAME = 1e-14  # relative, by which rounding sets apart what is the same
-_AGREE = 1e-8  # what a recording may differ by from the loop it was read off
 
 
 class _Network(nn.Module):
@@ -158,18 +155,7 @@ def _stand_in(term: Term, network: nn.Module, rows: int) -> Term:
     return ProbabilityFlow(model)
 
 
-class _Run(NamedTuple):
-    """What a run on the recording network left: inputs (E, R), states (n + 1, R), steps made before each call."""
-
-    given: Tensor
-    states: Tensor
-    times: Tensor
-    before: list[int]
-    network: _Network
-    draws: list[Draw]
-
-
-def _run(term: Term, solver: Solver, controller: FixedGrid, rows: int, first: int) -> _Run | None:
+def _run(term: Term, solver: Solver, controller: FixedGrid, rows: int, first: int) -> Run | None:
     network = _Network()
     path = _Path(rows, first) if solver.draws or isinstance(term, ReverseSDE) else None
     network.path = path
@@ -194,7 +180,8 @@ def _run(term: Term, solver: Solver, controller: FixedGrid, rows: int, first: in
         before += [int(accepted[0])] * solver.evaluations
     given = torch.stack(network.given)
     draws = [] if path is None else path.draws
-    return _Run(given, torch.stack(states), torch.stack(reached), before[: len(given)], network, draws)
+    at = torch.stack(reached)
+    return Run(given, torch.stack(states), at, before[: len(given)], network.labels, network.asked, draws)
 
 
 def _record(term: Term, solver: Solver, controller: FixedGrid) -> Tape | None:
@@ -206,83 +193,4 @@ def _record(term: Term, solver: Solver, controller: FixedGrid) -> Tape | None:
         run = _run(term, solver, controller, 1 + calls + draws, 1 + calls)
     if run is None or not bool(torch.isfinite(run.given).all() & torch.isfinite(run.states).all()):
         return None
-    tape = _written(run)
-    return tape if _agrees(tape, run) else None
-
-
-def _multiple(target: Tensor, z: Tensor) -> bool:
-    """Whether `target` (R,) is a multiple of `z`, to rounding: one term of a sum will then do."""
-    rest = target - (target @ z) / (z @ z) * z
-    return bool((rest.abs() <= _SAME * target.abs().max()).all())
-
-
-def _sum(target: Tensor, z: Tensor, run: _Run, before: int, since: int, asked: int) -> Sum:
-    """`target` (R,) as a sum of `z`, of few of the last of `before` calls, and of the draws `since` to `asked`."""
-    if _multiple(target, z) and abs(float(target @ z) / float(z @ z) - 1.0) <= _SAME:
-        return SAME
-    calls = len(run.given)
-    for window in range(_WINDOW + 1):
-        first = max(0, before - window)
-        free = torch.zeros(len(target), dtype=torch.bool)
-        free[1 + first : 1 + before] = True
-        free[1 + calls + since : 1 + calls + asked] = True
-        names = [j for j in range(first, before) if not _multiple(run.given[j], z)]
-        basis = torch.stack([z, *run.given[names]], 1)
-        size = basis.abs().amax(0).clamp(min=1e-300)
-        known, wanted = (basis / size)[~free], target[~free, None]
-        found = torch.linalg.lstsq(known, wanted, rcond=1e-13, driver="gelsd").solution[:, 0] / size
-        rest = target - basis @ found
-        large = float((found.abs() * size).sum()) > _LARGEST * float(target.abs().max())  # in float32 that would show
-        if first == 0 or (not large and bool((rest[~free].abs() <= _NOTHING * target.abs().max()).all())):
-            break
-    rest[rest.abs() <= 1e-15 * (basis.abs() @ found.abs() + target.abs())] = 0.0
-    inputs = tuple((float(c), j) for c, j in zip(found[1:], names, strict=True) if c != 0)
-    places = (rest * free).nonzero()[:, 0].tolist()
-    outputs = tuple((float(rest[j]), j - 1) for j in places if j <= calls)
-    return Sum(float(found[0]), inputs, outputs, tuple((float(rest[j]), j - 1 - calls) for j in places if j > calls))
-
-
-def _written(run: _Run) -> Tape:
-    steps, asked, e = [], 0, 0
-    for k in range(len(run.states) - 1):
-        made, since = [], asked
-        while e < len(run.before) and run.before[e] == k:
-            count = run.network.asked[e]
-            given = _sum(run.given[e], run.states[k], run, e, since, count)
-            made.append(Call(given, run.network.labels[e], tuple(range(asked, count))))
-            asked, e = count, e + 1
-        count = len(run.draws) if e == len(run.before) else run.network.asked[e]
-        # What is asked between this step's last call and the next one's first may belong to either.
-        after = _sum(run.states[k + 1], run.states[k], run, e, since, count)
-        count = max([asked, *(n + 1 for _, n in after.draws)])
-        steps.append(Step(tuple(made), after, tuple(range(asked, count)), float(run.times[k + 1])))
-        asked = count
-    calls, draws = [0] * len(run.given), [0] * len(run.draws)  # the step that needs each last
-    for k, step in enumerate(steps):
-        for terms in (*(call.given for call in step.calls), step.after):
-            for _, j in (*terms.inputs, *terms.outputs):
-                calls[j] = k
-            for _, n in terms.draws:
-                draws[n] = k
-    lists = [[tuple(i for i, last in enumerate(of) if last == k) for of in (calls, draws)] for k in range(len(steps))]
-    ended = [step._replace(spent=spent, drawn=drawn) for step, (spent, drawn) in zip(steps, lists, strict=True)]
-    return Tape(tuple(ended), tuple(run.draws), len(run.given))
-
-
-def _agrees(tape: Tape, run: _Run) -> bool:
-    """Whether playing back on the rows of the recording gives them again."""
-    rows = run.given.shape[1]
-    z = torch.zeros(rows, dtype=torch.float64)
-    z[0] = 1.0
-    unit = torch.eye(rows, dtype=torch.float64)
-    inputs, outputs = dict(enumerate(run.given)), {j: unit[1 + j] for j in range(tape.calls)}
-    noise = {n: unit[1 + tape.calls + n] for n in range(len(tape.draws))}
-    worst, e = 0.0, 0
-    for k, step in enumerate(tape.steps):
-        for call in step.calls:
-            got = added(call.given, z, inputs, outputs, noise)
-            worst = max(worst, float((got - run.given[e]).abs().max() / run.given[e].abs().max().clamp(min=1e-300)))
-            e += 1
-        z = added(step.after, z, inputs, outputs, noise)
-        worst = max(worst, float((z - run.states[k + 1]).abs().max() / run.states[k + 1].abs().max()))
-    return worst < _AGREE and e == tape.calls
+    return written(run)

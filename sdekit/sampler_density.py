@@ -36,6 +36,7 @@ from ._checks import (
 )
 from ._fit import check_grid_ends, check_method
 from ._products import require_traceable, vector_jacobian
+from ._sampler import default_solver
 from ._tensor import column, flatten, working
 from .controller import FixedGrid
 from .driver import Limits, drive
@@ -45,7 +46,7 @@ from .integrate import finish
 from .loop import Problem, begin
 from .model.score_model import ScoreModel
 from .prior import draw_prior
-from .sampling import default_solver, equation_of
+from .sampling import equation_of
 from .solution import Stats, Status
 from .solver.base import Solver
 from .terms import Term

@@ -9,7 +9,7 @@ Every sample's noise is keyed by (seed, its index): it is the same alone, in any
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ from ._checks import (
     require_seed,
     require_shape,
 )
+from ._sampler import Eta, controller_of, default_solver, default_steps, level_of
 from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
-from .controller import PID, Controller, FixedGrid
+from .controller import Controller
 from .errors import NetworkError, PartialResultWarning, SolveError
-from .grid import likelihood as likelihood_grid
 from .likelihood_flow import LikelihoodFlow
 from .model.score_model import ScoreModel
 from .playback import solve
@@ -36,17 +36,8 @@ from .prior import draw_prior
 from .runtime import Runtime
 from .sde.base import as_time
 from .solution import Solution, Status
-from .solver.adams import Adams
 from .solver.base import Solver
-from .solver.exponential_sde import SDEDPMSolverPP
-from .solver.stochastic import StochasticHeun
 from .terms import ProbabilityFlow, ReverseSDE, Term
-
-_FLOW_STEPS = 32  # of the default grid, eta = 0
-_SDE_STEPS = 100  # of the default grid, eta > 0
-_ORDERS = ((11, 3), (20, 4))  # of Adams by the steps of a grid, 5 beyond: docs/decisions, default sampler
-_TOLERANCE = 1e-6  # of encode and decode, relative and absolute
-Eta = float | Callable[[Tensor], Tensor]
 
 
 def sample(
@@ -103,17 +94,17 @@ def sample(
         SolveError: A sample failed and `throw`.
     """
     sizes = require_shape(shape)
-    level = _level(solver, eta)
+    level = level_of(solver, eta)
     require_seed(seed)
     require_count("max_evaluations", max_evaluations, 1 + int(denoise))
     require_deterministic(model)
     where = choose_device(model, device)
     numbers = require_indices(indices, sizes[0], where)
     start = draw_prior(model, sizes, seed, numbers, dtype or torch.get_default_dtype())
-    count = steps if steps is not None else (_SDE_STEPS if level != 0 else _FLOW_STEPS)
+    count = steps if steps is not None else default_steps(level)
     chosen = solver if solver is not None else default_solver(level, count if controller is None else None)
     term = equation_of(model, chosen, level, start)
-    judge = _controller(model, controller, count if controller is None else steps, forward=False)
+    judge = controller_of(model, controller, count if controller is None else steps, forward=False)
     draws = chosen.draws or isinstance(term, ReverseSDE)
     path: BrownianPath | None = None
     if draws and judge.needs_error:
@@ -225,35 +216,6 @@ def decode(
     )
 
 
-def _controller(model: ScoreModel, controller: Controller | None, steps: int | None, forward: bool) -> Controller:
-    if controller is not None:
-        if steps is not None:
-            raise ValueError(f"steps={steps} together with controller={controller!r}; pass one or the other.")
-        return controller
-    if steps is None:
-        return PID(rtol=_TOLERANCE, atol=_TOLERANCE)
-    require_count("steps", steps)
-    times = likelihood_grid(model.sde, steps, model.data_std)
-    return FixedGrid(times.flip(0) if forward else times)
-
-
-def default_solver(level: Eta, steps: int | None) -> Solver:
-    """The solver that won where it was measured, for a grid of so many steps, or for a controller (None)."""
-    if level != 0:
-        return StochasticHeun() if steps is None else SDEDPMSolverPP(2)
-    return Adams(next((order for most, order in _ORDERS if steps is not None and steps <= most), 5))
-
-
-def _level(solver: Solver | None, eta: Eta | None) -> Eta:
-    """The noise level asked for, or that which the solver is for."""
-    if eta is None:
-        own = getattr(getattr(solver, "predictor", solver), "eta", None)
-        return float(own) if own is not None else float(solver is not None and solver.equation == "reverse")
-    if not callable(eta) and not eta >= 0:
-        raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")
-    return eta
-
-
 def equation_of(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Term:
     """The equation that the solver integrates at this noise level, in the coordinates it works in."""
     if level != 0 or solver.equation == "reverse":
@@ -289,7 +251,7 @@ def _transport(
     term = equation_of(model, chosen, 0.0, x)
     with torch.no_grad():
         return solve(
-            *(term, chosen, _controller(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),
+            *(term, chosen, controller_of(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),
             max_evaluations=max_evaluations,
             wall_time=wall_time,
             progress=progress,

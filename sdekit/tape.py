@@ -1,10 +1,27 @@
-"""What a recorded solve is made of: plain numbers, and the sums that they weigh (see recording.py)."""
+"""What a recorded solve is made of: plain numbers, and the sums that they weigh (see recording.py).
+
+While it is played back, its tensors are in numbered places: the state in place 0, the input of call e in 1 + 2 e, what
+is kept of its output in 2 + 2 e, and draw n behind all calls.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+STATE = 0
+
+
+def input_of(call: int) -> int:
+    """The place of a call's input."""
+    return 1 + 2 * call
+
+
+def output_of(call: int) -> int:
+    """The place of what is kept of a call's output."""
+    return 2 + 2 * call
 
 
 class Draw(NamedTuple):
@@ -18,55 +35,85 @@ class Draw(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """a z + sums of (coefficient, number): of inputs and outputs of calls, and of draws."""
+    """a times what is in the place `base`, and terms (coefficient, place)."""
 
     a: float
-    inputs: tuple[tuple[float, int], ...]
-    outputs: tuple[tuple[float, int], ...]
-    draws: tuple[tuple[float, int], ...]
+    base: int
+    terms: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """All that it takes from."""
+        return (self.base, *(place for _, place in self.terms))
+
+    @property
+    def operations(self) -> int:
+        """How many operations on tensors it takes."""
+        return len(self.terms) + int(self.a != 1.0)
 
 
-SAME = Sum(1.0, (), (), ())
+SAME = Sum(1.0, STATE)
 
 
 class Call(NamedTuple):
-    """A network call: what it is given, at which label and time; draws asked before it."""
+    """A network call: what it is given; draws asked before it.
+
+    Its output plus `tilt` times its input is kept: where later sums take the two in one ratio, that saves a term each.
+    """
 
     given: Sum
-    label: float
     draws: tuple[int, ...]
+    tilt: float = 0.0
 
 
 class Step(NamedTuple):
-    """The calls of a step; the state after it; draws asked before that; the time; calls and draws needed no more."""
+    """The calls of a step; the state after it; draws asked before that; the time; places needed no more."""
 
     calls: tuple[Call, ...]
     after: Sum
     draws: tuple[int, ...]
     t: float
     spent: tuple[int, ...] = ()
-    drawn: tuple[int, ...] = ()
 
 
 class Tape(NamedTuple):
-    """A recorded solve."""
+    """A recorded solve.
+
+    Attributes:
+        steps: In their order.
+        draws: The questions that they put.
+        labels: Of their network calls.
+        chained: Whether inputs are made of inputs before them, so that the states between need not be.
+    """
 
     steps: tuple[Step, ...]
     draws: tuple[Draw, ...]
-    calls: int
+    labels: tuple[float, ...]
+    chained: bool = False
+
+    @property
+    def calls(self) -> int:
+        """How many network calls it makes."""
+        return len(self.labels)
+
+    def draw_place(self, number: int) -> int:
+        """The place of a draw."""
+        return output_of(self.calls) - 1 + number
+
+    def empty(self) -> list[Tensor | None]:
+        """The places, with nothing in them."""
+        return [None] * self.draw_place(len(self.draws))
 
 
-def added(
-    terms: Sum, z: Tensor, inputs: dict[int, Tensor], outputs: dict[int, Tensor], noise: dict[int, Tensor]
-) -> Tensor:
-    """The sum, of tensors like `z`."""
-    if terms is SAME:
-        return z
-    total = z * terms.a
-    for coefficient, j in terms.inputs:
-        total.add_(inputs[j], alpha=coefficient)
-    for coefficient, j in terms.outputs:
-        total.add_(outputs[j], alpha=coefficient)
-    for coefficient, j in terms.draws:
-        total.add_(noise[j], alpha=coefficient)
+def added(terms: Sum, values: list[Tensor | None]) -> Tensor:
+    """The sum of what is in the places; what it starts from itself, not a copy, if it is nothing else."""
+    a, base, rest = terms
+    total: Tensor = values[base]  # type: ignore[assignment]
+    if a != 1.0:
+        total = total * a
+    elif rest:
+        coefficient, place = rest[0]
+        total, rest = torch.add(total, values[place], alpha=coefficient), rest[1:]  # type: ignore[arg-type]
+    for coefficient, place in rest:
+        total.add_(values[place], alpha=coefficient)  # type: ignore[arg-type]
     return total

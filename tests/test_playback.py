@@ -72,10 +72,52 @@ def test_a_tape_is_a_page_of_numbers_with_short_sums():
     grid = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 20))
     found = recording.recorded(sdekit.ProbabilityFlow(model), sdekit.DPMSolverPP(2), grid)
     assert found.calls == 20
-    assert [len(step.after.outputs) for step in found.steps] == [1] + [2] * 19
-    assert [len(step.after.inputs) for step in found.steps] == [0] + [1] * 19  # the prediction before, at its state
-    assert all(call.given == tape.Sum(1.0, (), (), ()) for step in found.steps for call in step.calls)
+    assert [len(step.after.terms) for step in found.steps] == [1] + [3] * 19  # the prediction before, at its state
+    assert all(call.given == tape.SAME for step in found.steps for call in step.calls)
     assert recording.recorded(sdekit.ProbabilityFlow(model), sdekit.DPMSolverPP(2), grid) is found  # not recorded twice
+
+
+@pytest.mark.parametrize("kind", ["noise", "data", "edm"])
+def test_a_corrector_costs_a_term_for_each_slope_and_no_state_between(kind):
+    model = sdekit.ScoreModel(torch.nn.Identity(), SDES["vp"], PARAMETERIZATIONS[kind])
+    grid = sdekit.FixedGrid(sdekit.grid.likelihood(model.sde, 30, model.data_std))
+    for order in (3, 5):
+        solver = sdekit.Adams(order)
+        found = recording.recorded(sdekit.sampling.equation_of(model, solver, 0.0, draw(1, 4, 2)), solver, grid)
+        assert found.chained
+        calls = [step.calls[0] for step in found.steps[2 * order :]]
+        assert all(len(call.given.terms) <= order for call in calls)  # the slopes of the corrector, and no inputs
+        assert all(call.tilt == 0.0 for call in calls) == (kind == "edm")  # whose slopes are its outputs
+
+
+@pytest.mark.parametrize("solver", [None, sdekit.Adams(5, "inside")], ids=repr)
+def test_whoever_stops_between_chained_calls_finds_the_state_that_the_loop_has(solver, by_the_loop):
+    model = TARGET.score_model(SDES["vp"], sdekit.data())
+    options = {"solver": solver, "steps": 14, "dtype": torch.float64, "denoise": False}
+    whole = sdekit.sample(model, (4, 2), return_path=True, **options)
+    assert torch.equal(whole.x, sdekit.sample(model, (4, 2), **options).x)  # with all states between, and without
+    for late in (0, 1, 6, 9):
+        odd = sdekit.ScoreModel(Odd(model, late, "shape"), model.sde, model.parameterization, model.data_std)
+        stopped = []
+        for _ in range(2):
+            with pytest.raises(sdekit.SolveError) as caught:
+                sdekit.sample(odd, (4, 2), **options)
+            stopped.append(caught.value.solution)
+            odd.net.calls = 0
+            by_the_loop()
+        assert torch.equal(stopped[0].stats.accepted, stopped[1].stats.accepted)
+        torch.testing.assert_close(stopped[0].t, stopped[1].t, rtol=1e-12, atol=0)
+        torch.testing.assert_close(stopped[0].x, stopped[1].x, rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_that_writes_into_its_labels_spoils_no_later_solve():
+    class Scales(torch.nn.Module):
+        def forward(self, x, label):
+            return torch.tanh(x + label.mul_(3.0)[:, None])
+
+    model = sdekit.ScoreModel(Scales(), SDES["vp"], sdekit.data(), data_std=0.5)
+    first, second = (sdekit.sample(model, (4, 2), steps=8, solver=sdekit.DDIM(), seed=3).x for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_what_is_not_linear_or_not_on_a_grid_is_left_to_the_loop():
@@ -239,7 +281,7 @@ def test_single_precision_loses_nothing_in_long_sums(by_the_loop):
         grid = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 10))
         found = recording.recorded(sdekit.sampling.equation_of(model, solver, 0.0, draw(1, 4, 2)), solver, grid)
         sums = [terms for step in found.steps for terms in (*(call.given for call in step.calls), step.after)]
-        assert max(abs(c) for terms in sums for c, _ in (*terms.inputs, *terms.outputs)) < 100.0
+        assert max(abs(c) for terms in sums for c, _ in terms.terms) < 100.0
 
 
 def test_encoding_and_decoding_play_back_too():

@@ -71,6 +71,26 @@ def test_normals_and_signs_are_the_documented_functions_of_the_words():
         assert signs[row].tolist() == [2.0 * (drawn[i // 64] >> i % 64 & 1) - 1.0 for i in range(200)]
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 70])
+@pytest.mark.parametrize("size", [1, 7, 64, 40_001])
+def test_what_numpy_draws_on_the_cpu_is_what_torch_draws_elsewhere(count, size, monkeypatch):
+    # Words, signs and uniforms to the bit; normals to the last digits of a logarithm and a square root.
+    def drawn():
+        keys, counter = (
+            _random.sample_keys(9, Stream.BROWNIAN, torch.arange(count) * 5 - 2),
+            torch.arange(count) * 3 - 1,
+        )
+        exact = [keys, _random.words(keys, counter, size), _random.uniforms(keys, counter, size)]
+        exact.append(_random.rademacher(keys, counter, size, torch.float32))
+        return exact, _random.normal(keys, counter, size, torch.float64)
+
+    host, host_normals = drawn()
+    monkeypatch.setattr(_random, "_on_host", lambda keys: False)
+    device, device_normals = drawn()
+    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(host, device, strict=True))
+    torch.testing.assert_close(host_normals, device_normals, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 @given(order=st.permutations(range(8)), size=st.integers(1, 9), seed=st.integers(0, 10**9))
 def test_a_samples_numbers_do_not_depend_on_its_batch(draw, order, size, seed):

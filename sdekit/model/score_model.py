@@ -9,7 +9,9 @@ in the dtype of its own parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -123,18 +125,19 @@ class ScoreModel(nn.Module):
         """The network's own output for its scaled input `seen` (B, *event) and label (B,), in the dtype of `seen`."""
         return self._answer(seen, label, self.network_dtype(seen))
 
-    def caller(self, x: Tensor, labels: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def caller(self, x: Tensor, labels: tuple[float, ...]) -> Callable[[Tensor, int], Tensor]:
         """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.
 
         Inputs may be kept and outputs too: a network found to write into its input, or to answer in the same buffer
         again, is given copies and its answers are copied.
         """
         dtype = self.network_dtype(x)
-        rows = labels.to(x.device, dtype)[:, None].repeat(1, x.shape[0]).unbind(0)
+        net, bound, rows = self.net, self.bound, _label_rows(labels, x.shape[0], dtype, x.device)
+        shape, plain = x.shape, x.dtype is dtype
         watched: list[Tensor] = []  # the answers of the first two calls
         writes, reuses = False, False
 
-        def call(seen: Tensor, number: int) -> Tensor:
+        def watching(seen: Tensor, number: int) -> Tensor:
             nonlocal writes, reuses
             if len(watched) == 2:
                 out = self._answer(seen.clone() if writes else seen, rows[number], dtype)
@@ -146,6 +149,17 @@ class ScoreModel(nn.Module):
             reuses = bool(watched) and watched[0].data_ptr() == out.data_ptr() and out.numel() > 0
             watched.append(out)
             return out.clone()
+
+        def call(seen: Tensor, number: int) -> Tensor:
+            if len(watched) < 2 or writes or reuses or not plain:
+                return watching(seen, number)
+            try:
+                out = net(seen, rows[number], **bound)
+                if type(out) is Tensor and out.dtype is dtype and out.shape == shape:  # as nearly always: no copies
+                    return out
+            except Exception as error:
+                raise _raised(error, seen) from error
+            return self._checked(out, seen)
 
         return call
 
@@ -159,9 +173,11 @@ class ScoreModel(nn.Module):
             seen, level = x if x.dtype is dtype else x.to(dtype), label if label.dtype is dtype else label.to(dtype)
             out = self.net(seen, level, **self.bound)
         except Exception as error:
-            raise NetworkError(
-                f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}"
-            ) from error
+            raise _raised(error, x) from error
+        return self._checked(out, x)
+
+    def _checked(self, out: Any, x: Tensor) -> Tensor:
+        """What the network answered to `x`, in the dtype of `x`, if it is an answer."""
         if not isinstance(out, Tensor):
             raise NetworkError(
                 f"the network returned a {type(out).__name__}; a tensor of shape {tuple(x.shape)} is needed."
@@ -237,3 +253,29 @@ class ScoreModel(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the weights of {str(path)!r} do not fit the network: {error}") from error
         return cls(net, facts["sde"], facts["parameterization"], facts["data_std"])
+
+
+def _raised(error: Exception, x: Tensor) -> NetworkError:
+    """What to say of an error that the network raised for the input `x`."""
+    return NetworkError(f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}")
+
+
+_labels: OrderedDict[Hashable, tuple[int, tuple[Tensor, ...]]] = OrderedDict()  # with the version they were made at
+_LABELS_KEPT, _LABELS_LARGEST = 16, 1 << 14
+_lock = Lock()
+
+
+def _label_rows(labels: tuple[float, ...], batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """For each label a tensor (B,) of it; made anew where a network has written into those kept."""
+    key = (labels, batch, dtype, device)
+    with _lock:
+        version, rows = _labels.get(key, (0, ()))
+    if rows and rows[0]._version == version:
+        return rows
+    rows = torch.tensor(labels, dtype=dtype, device=device)[:, None].repeat(1, batch).unbind(0)
+    if rows and rows[0].numel() * len(rows) <= _LABELS_LARGEST and not rows[0].is_inference():
+        with _lock:
+            _labels[key] = (rows[0]._version, rows)
+            while len(_labels) > _LABELS_KEPT:
+                _labels.popitem(last=False)
+    return rows
