@@ -40,8 +40,9 @@ from tqdm import tqdm
 import sdekit
 from sdekit._tensor import dot, select, tree_map
 from sdekit.controller import Controller, NatsState, Step, Verdict
-from sdekit.solver.adams import Memory, newton_weights
+from sdekit.solver.adams import Memory
 from sdekit.solver.base import Proposal, Solver
+from sdekit.solver.newton import newton_weights
 from sdekit.terms import Term
 
 from .common import Report, arguments, quantile

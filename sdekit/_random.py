@@ -169,7 +169,8 @@ def words(keys: Tensor, counter: Tensor, count: int) -> Tensor:
         drawn = _finalise_host(_counted(keys, counter)[:, None] + _lanes(count))
         return torch.from_numpy(drawn.view(np.int64))
     here = _finalise(keys + (counter + 1) * _GAMMA)
-    lanes = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _GAMMA
+    # Added up, not multiplied: of a product of numbers it knows a compiler makes one that does not wrap.
+    lanes = torch.full((count,), _GAMMA, dtype=torch.int64, device=keys.device).cumsum(0)
     return _finalise(here[:, None] + lanes)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .divergence import Exact, Hutchinson
@@ -24,33 +25,34 @@ from .tracing import VALUE, Program, made
 _KEPT = 32  # compiled steps held
 
 
-def run(program: Program, term: Term, given: Sequence[Tensor]) -> list[Tensor]:
+def run(program: Program, term: Term, dtype: torch.dtype, given: Sequence[Tensor]) -> list[Tensor]:
     """The leaves of the carry after a step, and how many samples still run.
 
     Args:
         program: From `compiled`.
         term: Whose network is asked.
+        dtype: What that computes in.
         given: The problem's own parts, then the leaves of the carry.
     """
     values: list[Any] = [*given, *program.rest]
     for cut in program.cuts:
         taken = [None if place is None else values[place] for place in cut.takes]
-        found = _ask(term, cut.kind, taken) if cut.run is None else cut.run(*taken)
+        found = _ask(term, dtype, cut.kind, taken) if cut.run is None else cut.run(*taken)
         for place, value in zip(cut.gives, found, strict=True):
             values[place] = value
     return [values[place] for place in program.results]
 
 
-def _ask(term: Term, kind: int, taken: list[Any]) -> Sequence[Tensor]:
+def _ask(term: Term, dtype: torch.dtype, kind: int, taken: list[Any]) -> Sequence[Tensor]:
     """What the network answers at a mark of this kind, of what it sees."""
     seen, label, vectors = taken
     model = term.model
     if kind == VALUE:
-        return (model.answer(seen, label).contiguous(),)
+        return (model.answer(seen, label, dtype).contiguous(),)
     divergence = term.divergence if isinstance(term, LikelihoodFlow) else None
 
     def field(state: Tensor) -> Tensor:
-        return model.answer(state, label)
+        return model.answer(state, label, dtype)
 
     if isinstance(divergence, Hutchinson):
         return [part.contiguous() for part in divergence.push(field, seen, vectors)]

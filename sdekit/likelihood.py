@@ -180,8 +180,7 @@ def _result(
     """The LogLikelihood of a finished drive."""
     carry = outcome.carry
     state: FlowState = carry.z
-    last = term.time(carry.s)
-    log_prior, log_det, latent = density(term, state, start, carry.s, data_moments, transform)
+    log_prior, log_det, latent, last = density(term, state, start, carry.s, data_moments, transform)
     log_det = log_det + entry.log_det
     variance = probe_variance(term, method.solver, carry.memory, state) + entry.variance
     solver_error, rounding, status, arrived = judged(method, carry)
@@ -242,16 +241,18 @@ def density(
     s: Tensor,
     data_moments: Gaussian | None,
     transform: Affine | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) log prior and (B,) log determinant of a path from time `start` to `state` at `s`, and the latent there."""
-    last, latent = term.time(s), term.leave(state, s)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B,) log prior, log determinant of a path from time `start` to `state` at `s`, the latent and the time there."""
+    last = term.time(s)
+    log_scale = term.log_scale(last)
+    latent = term.scaled(state, log_scale)
     values = state.log_det[:, : term.values].mean(1)
-    log_det = state.u.shape[1] * (term.log_scale(last) - term.log_scale(start)) + values
+    log_det = state.u.shape[1] * (log_scale - term.log_scale(start)) + values
     if transform is not None:
         log_det = log_det + transform.log_det(term.event)
     if data_moments is None:
-        return term.model.sde.prior_log_prob(latent), log_det, latent
-    return data_moments.marginal_log_prob(term.model.sde, latent, term.model.sde.t_max), log_det, latent
+        return term.model.sde.prior_log_prob(latent), log_det, latent, last
+    return data_moments.marginal_log_prob(term.model.sde, latent, term.model.sde.t_max), log_det, latent, last
 
 
 def probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: FlowState) -> Tensor:

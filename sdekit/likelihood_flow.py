@@ -143,7 +143,11 @@ class LikelihoodFlow(Term):
         return FlowState(u, log_det, torch.zeros_like(u) if self.keeps_product else None)
 
     def leave(self, z: FlowState, s: Tensor) -> Tensor:
-        return (z.u * column(torch.exp(self.log_scale(self.time(s))), z.u)).reshape(z.u.shape[0], *self.event)
+        return self.scaled(z, self.log_scale(self.time(s)))
+
+    def scaled(self, z: FlowState, log_scale: Tensor) -> Tensor:
+        """x (B, *event) of a state where `log_scale` (B,) is log(alpha c)."""
+        return (z.u * column(torch.exp(log_scale), z.u)).reshape(z.u.shape[0], *self.event)
 
     def evaluate(self, s: Tensor, z: FlowState, node: Tensor) -> Evaluation:
         q, rate = self.mixed.log_ratio(s)

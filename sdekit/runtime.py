@@ -22,6 +22,7 @@ from .compiled import compiled, run
 from .errors import SdekitWarning
 from .loop import Carry, Problem, advance, still_running
 from .parts import CannotCompileError, own_parts
+from .solver.base import batch_of
 from .tracing import Program
 
 Runtime = Literal["auto", "eager", "compile", "graph"]
@@ -119,12 +120,13 @@ class Compiled:
         self._program = program
 
     def enter(self, problem: Problem, carry: Carry) -> None:
-        self._problem, self._like = problem, carry
+        self._term, self._like = problem.term, carry
+        self._dtype = problem.term.model.network_dtype(batch_of(carry.z))
         self._given = [part.contiguous() for part in own_parts(problem)]  # as the trace had them
         self._leaves = [leaf.contiguous() for leaf in leaves(carry)]
 
     def advance(self) -> Tensor:
-        *self._leaves, left = run(self._program, self._problem.term, (*self._given, *self._leaves))
+        *self._leaves, left = run(self._program, self._term, self._dtype, (*self._given, *self._leaves))
         return left
 
     def carry(self) -> Carry:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ._tensor import column, flatten, leaves, rebuilt
 from .divergence import FieldValue, traces_of
+from .fusing import fused
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem, advance, still_running
 from .model.score_model import ScoreModel
@@ -73,7 +74,6 @@ def _mark() -> Any:
 
 def made(problem: Problem, carry: Carry) -> Program:
     """Traces the step, cuts it at the marks and compiles the pieces."""
-    from torch._inductor import compile as inductor
     from torch.fx.passes.split_module import split_module
 
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
@@ -92,7 +92,7 @@ def made(problem: Problem, carry: Carry) -> Program:
             piece._forward_hooks.clear()
             assert isinstance(piece, fx.GraphModule)  # as all parts of a cut graph are
             marks = [node for node in piece.graph.nodes if node.target is _mark()]
-            runs[name] = marks[0] if marks else inductor(piece, list(inputs[name]))
+            runs[name] = marks[0] if marks else fused(piece, list(inputs[name]))
     return _program(parent, runs)
 
 
@@ -117,7 +117,7 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
         return FieldValue(flatten(out), traces_of(probes, products), products.transpose(0, 1))
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        other = having(problem, tensors[: len(parts)], stand_in, ask)
+        other = having(problem, tensors[: len(parts)], stand_in, ask)._replace(solver=problem.solver.for_compiler())
         after = advance(other, rebuilt(carry, tensors[len(parts) :]))
         return (*leaves(after), still_running(after))
 

@@ -121,9 +121,15 @@ class ScoreModel(nn.Module):
         seen = x if scale is None else column(scale, x) * x
         return self.answer(seen, self.parameterization.label(self.sde, t))
 
-    def answer(self, seen: Tensor, label: Tensor) -> Tensor:
-        """The network's own output for its scaled input `seen` (B, *event) and label (B,), in the dtype of `seen`."""
-        return self._answer(seen, label, self.network_dtype(seen))
+    def answer(self, seen: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The network's own output for its scaled input `seen` (B, *event) and label (B,), in the dtype of `seen`.
+
+        Args:
+            seen: Its input.
+            label: Its label.
+            dtype: What `network_dtype` says, for whoever has asked already.
+        """
+        return self._answer(seen, label, self.network_dtype(seen) if dtype is None else dtype)
 
     def caller(self, x: Tensor, labels: tuple[float, ...]) -> Callable[[Tensor, int], Tensor]:
         """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.

@@ -8,7 +8,7 @@ nodes,
     correct   z_c = z + sum_{o<=m} I'_o f[s_1, s_0 .. s_-o+1]  Adams-Moulton of order m + 1
     error     e   = I'_m f[s_1, s_0 .. s_-m+1]                 its last term: the error of the order-m corrector
 
-I_o is the integral over the step of prod_{i<o} (x - node_i), exact by 4-point Gauss. The slope kept is that at the
+I_o is the integral over the step of prod_{i<o} (x - node_i) (newton.py). The slope kept is that at the
 *predicted* point: evaluating again costs 60-70% more for nothing. m ramps 1, 2, .. up to the order as nodes come in.
 
 Each node's slope enters the result with a total weight, the sum of its coefficients over the steps that used it; where
@@ -22,25 +22,22 @@ logarithm of their ratio.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._tensor import constant, select, tree_map
+from .._tensor import column, select, tree_map
 from ..brownian import BrownianPath
 from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
 from ..likelihood_flow import LikelihoodFlow
 from ..terms import Aux, Term
 from .base import Proposal, Solver, batch_of, counters, refuse_noise
+from .newton import MOST_NODES, Formula, by_columns, stacked
 from .start import CORRECTED, Start, held, instead, shares
 
-_POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
-_WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
-_MAX_ORDER = 7  # 4-point Gauss is exact up to degree 7, Newton's last product here has degree 6
 _FIRST, _LEAST = 4, 2  # terms of an adaptive method: so many when it is settled, and at least
 _KEPT = 0.8  # of a running mean, at each step
 _MOST = 3.0  # of one step's log ratio
@@ -111,31 +108,6 @@ class Memory(NamedTuple):
     choice: Choice | None = None
 
 
-def newton_weights(nodes: Tensor, valid: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """(B, K, K) weights W with integral over [start, end] of Newton's o-th term = sum_j W[o, j] f_j.
-
-    Args:
-        nodes: (B, K) float64, distinct where valid; the interpolation takes them in this order.
-        valid: (B, K) bool; rows and columns of invalid nodes are meaningless but finite.
-        start: (B,) float64 where the step begins.
-        end: (B,) float64 where it ends.
-    """
-    count = nodes.shape[1]
-    middle, half = 0.5 * (start + end), 0.5 * (end - start)
-    points = constant((-_POINTS[1], -_POINTS[0], _POINTS[0], _POINTS[1]), torch.float64, nodes.device)
-    rule = constant((_WEIGHTS[1], _WEIGHTS[0], _WEIGHTS[0], _WEIGHTS[1]), torch.float64, nodes.device)
-    x = middle[:, None] + half[:, None] * points
-    factors = (x[:, :, None] - nodes[:, None, :]).cumprod(2)  # (B, 4, K): products over i <= o
-    lower = torch.cat((torch.ones_like(factors[:, :, :1]), factors[:, :, :-1]), 2)
-    integrals = 2.0 * half[:, None] * torch.einsum("g,bgo->bo", rule, lower)
-    gaps = nodes[:, :, None] - nodes[:, None, :]  # (B, j, i)
-    pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(count, dtype=torch.bool, device=nodes.device)
-    # Over i <= o, i != j. Equal nodes (a start in place) are not used, but must not make what is masked infinite.
-    divisors = torch.where(pairs & (gaps != 0), gaps, 1.0).cumprod(2)
-    used = torch.ones(count, count, dtype=torch.float64, device=nodes.device).triu()  # j <= o
-    return (integrals[:, None, :] / divisors * used).transpose(1, 2)
-
-
 @dataclass(frozen=True)
 class Adams(Solver):
     """Adams-Moulton of order `order` correcting, Adams-Bashforth of one order less predicting, variable steps.
@@ -148,24 +120,29 @@ class Adams(Solver):
             probes.
         adaptive: Each sample chooses its order, 3 up to `order`, as it goes; `order` is then 5 at least. For controlled
             steps only. The likelihood's default has 7 for its highest, 5 with fresh probes.
+        columns: The same numbers by many small operations, which a compiler fuses: what `runtime="compile"` chooses.
+            Slow otherwise; not with start="inside".
     """
 
     order: int = 5
     start: Literal["ramp", "inside"] = "ramp"
     adaptive: bool = False
+    columns: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.start not in ("ramp", "inside"):
             raise ValueError(f"start={self.start!r}; 'ramp' or 'inside' is needed.")
         if self.start == "inside" and self.order > max(CORRECTED) + 1:
             raise ValueError(f"order={self.order!r} with start='inside'; at most {max(CORRECTED) + 1} is possible.")
-        if isinstance(self.order, bool) or not isinstance(self.order, int) or not 2 <= self.order <= _MAX_ORDER:
-            raise ValueError(f"order={self.order!r}; an int from 2 to {_MAX_ORDER} is needed.")
+        if isinstance(self.order, bool) or not isinstance(self.order, int) or not 2 <= self.order <= MOST_NODES:
+            raise ValueError(f"order={self.order!r}; an int from 2 to {MOST_NODES} is needed.")
         if self.adaptive and (self.start == "inside" or self.order <= _FIRST):
             raise ValueError(
                 f"order={self.order!r}, start={self.start!r}, adaptive=True; an adaptive order ramps up, "
                 f"and its highest is {_FIRST + 1} at least."
             )
+        if self.columns and self.start == "inside":
+            raise ValueError("columns=True with start='inside', whose nodes may coincide; leave columns out.")
 
     @property
     def linear(self) -> bool:
@@ -186,6 +163,9 @@ class Adams(Solver):
     @property
     def weighs_nodes(self) -> bool:
         return True
+
+    def for_compiler(self) -> Adams:
+        return self if self.start == "inside" else replace(self, columns=True)
 
     def init(self, term: Term, z: Any) -> Memory:
         refuse_noise(self, term)
@@ -213,25 +193,20 @@ class Adams(Solver):
         begun = memory.entered >= len(start)
         s1 = torch.where(begun, s1, s0 + shares(start, memory.entered) * (s1 - s0))
         valid = held(start, memory.entered, depth)
-        nodes = torch.cat((s1[:, None], memory.nodes), 1)
-        backward, forward = _both(memory.nodes, nodes, valid, s0, s1)
         terms = valid.sum(1)
-        if memory.choice is not None:
-            terms = torch.minimum(terms, memory.choice.terms)
-            used = torch.arange(depth + 1, device=terms.device) <= terms[:, None]
-            backward, known = backward * used[:, 1:, None], forward * used[:, :, None]
+        if memory.choice is None:
+            single: tuple[Tensor, ...] = (terms,)
         else:
-            known = forward
-        predict = backward.sum(1)
-        predicted = tree_map(lambda state, past: state + _weighted(predict[:, None], past)[:, 0], z, memory.slopes)
+            terms = torch.minimum(terms, memory.choice.terms)
+            single = ((terms - 1).clamp(min=0), terms, (terms + 1).clamp(max=depth))
+        weigh = by_columns if self.columns else stacked
+        predict, correct = weigh(memory.nodes, Formula(valid, terms, single, begun), s0, s1)
+        summed = _by_columns if self.columns else _weighted
+        predicted = tree_map(lambda state, past: state + summed(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
-        # While it starts two nodes may coincide: what is not used must be zero, or a derivative meets its infinities.
-        correct = torch.where(begun[:, None], known.sum(1), 0.0)
-        rows = [terms] if memory.choice is None else [(terms - 1).clamp(min=0), terms, (terms + 1).clamp(max=depth)]
-        index = torch.stack(rows, 1)[:, :, None].expand(-1, -1, depth + 1)
-        single = torch.where(begun[:, None, None], forward.gather(1, index), 0.0)
+        nodes = torch.cat((s1[:, None], memory.nodes), 1)
         slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
-        sums = tree_map(lambda past: _weighted(torch.cat((correct[:, None], single), 1), past), slopes)
+        sums = tree_map(lambda past: summed(correct, past), slopes)
         moved = select(begun, tree_map(lambda state, total: state + total[:, 0], z, sums), z)
         place = 1 if memory.choice is None else 2  # of term m
         error = tree_map(lambda total: total[:, place], sums)
@@ -241,7 +216,7 @@ class Adams(Solver):
                 now = memory.entered == turn
                 put = tree_map(lambda past, entry, k=at: instead(past, k, entry), memory.slopes, fresh)
                 entered = select(now, (instead(memory.nodes, at, s1), put), entered)
-        ledger, choice = self._book(term, memory, aux.note, correct), memory.choice
+        ledger, choice = self._book(term, memory, aux.note, correct[:, 0]), memory.choice
         if choice is None:
             kept = Memory(memory.entered + 1, *entered, ledger)
             return Proposal(moved, error, aux, kept, memory.entered >= depth)
@@ -266,20 +241,6 @@ class Adams(Solver):
         return settle(memory.ledger, memory.entered, term.divergence.law, term.divergence.probes)
 
 
-def _both(past: Tensor, nodes: Tensor, valid: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's weights over the step: on the past nodes (B, K, K), and with the step's end before them (B, K+1, K+1).
-
-    Both at once: the predictor's nodes are the corrector's moved up by one, its last one void.
-    """
-    batch, depth = valid.shape
-    void = torch.zeros_like(valid[:, :1])
-    usable, known = torch.cat((valid, void), 1), torch.cat((~void, valid), 1)
-    both, shifted = torch.cat((usable, known)), torch.cat((past, s1[:, None]), 1)
-    weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
-    weights = weights * (both[:, :, None] & both[:, None, :])
-    return weights[:batch, :depth, :depth], weights[batch:]
-
-
 def _costs(term: Term, errors: Any, aux: Aux) -> Tensor:
     """(B, K) what errors (B, K, ..) cost, in nats or in the state's norm."""
     if term.has_density:
@@ -292,3 +253,14 @@ def _weighted(weights: Tensor, past: Tensor) -> Tensor:
     """N sums over the history axis at once, in its dtype: weights (B, N, K), (B, K, ...) -> (B, N, ...)."""
     sums = torch.bmm(weights.to(past.dtype), past.flatten(2))
     return sums.reshape(*weights.shape[:2], *past.shape[2:])
+
+
+def _by_columns(weights: Tensor, past: Tensor) -> Tensor:
+    """What `_weighted` returns, as sums over columns."""
+    rows = []
+    for row in weights.to(past.dtype).unbind(1):
+        total = torch.zeros_like(past[:, 0])
+        for k, weight in enumerate(row.unbind(1)):
+            total = total + column(weight, total) * past[:, k]
+        rows.append(total)
+    return torch.stack(rows, 1)

@@ -94,6 +94,10 @@ class Solver(ABC):
         """Whether the solver keeps the weight of every node's probe, as fresh probes need."""
         return False
 
+    def for_compiler(self) -> Solver:
+        """The same method, written as suits a compiler."""
+        return self
+
     @abstractmethod
     def init(self, term: Term, z: Any) -> Any:
         """The memory at the start, without a network call."""

@@ -9,7 +9,8 @@ from helpers import SDES, Given, draw, gaussian, mixture, observed_order, refere
 from numpy.polynomial import Polynomial
 
 import sdekit
-from sdekit.solver.adams import begin_choice, choose, newton_weights
+from sdekit.solver.adams import begin_choice, choose
+from sdekit.solver.newton import Formula, by_columns, newton_weights, stacked
 
 every_depth = pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6])
 
@@ -54,6 +55,37 @@ def test_invalid_nodes_change_nothing_and_stay_finite():
     part = newton_weights(empty, valid, start, end)
     torch.testing.assert_close(part[:, :3, :3], full[:, :3, :3], rtol=1e-13, atol=0)
     assert torch.isfinite(part).all()
+
+
+@every_depth
+def test_column_by_column_the_weights_are_the_same(depth):
+    # Of samples that know from no node to all, with formulas of every length.
+    known = torch.arange(depth + 1).repeat(depth + 2)
+    terms = torch.minimum(known, torch.arange(depth + 2).repeat_interleave(depth + 1))
+    past = random_nodes(depth, len(known), depth).flip(1)
+    past = torch.where(torch.arange(depth) < known[:, None], past, 0.0)
+    single = ((terms - 1).clamp(min=0), terms, (terms + 1).clamp(max=depth))
+    formula = Formula(torch.arange(depth) < known[:, None], terms, single, known > 0)
+    s0 = past[:, 0]
+    found = by_columns(past, formula, s0, s0 + 0.3)
+    for ours, theirs in zip(found, stacked(past, formula, s0, s0 + 0.3), strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    one = formula._replace(single=(terms,))  # as a method of one order asks
+    torch.testing.assert_close(by_columns(past, one, s0, s0 + 0.3).correct, found.correct[:, [0, 2]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", [sdekit.Adams(2), sdekit.Adams(5), sdekit.Adams(7, adaptive=True)], ids=repr)
+def test_a_method_written_for_a_compiler_takes_the_same_steps(solver):
+    nodes, z = random_nodes(3, 4, 12), draw(5, 4, 3)
+    for ours, theirs in zip(
+        *(march(way, lambda s, z: -z * s[:, None] ** 2, nodes, z) for way in (solver.for_compiler(), solver)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours[3].z, theirs[3].z, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(ours[3].error, theirs[3].error, rtol=1e-9, atol=1e-13)
+    with pytest.raises(ValueError, match="columns=True"):
+        sdekit.Adams(5, "inside", columns=True)
 
 
 def march(solver, slope, nodes, z):
