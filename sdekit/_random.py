@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._tensor import constant
+
 _GAMMA = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 # SplitMix64's finaliser: shift right, exclusive or, multiply (as int64), twice; then shift and exclusive or.
 _ROUNDS = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
@@ -31,6 +33,7 @@ _UNUSED = 11  # lowest bits of a word, that a float64 has no place for
 _TWO_53 = 2.0**-53
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # words at once on the CPU: what is computed of them stays in the cache
+_TABLE = 1 << 12  # lanes, at most, that are kept as numbers on a device
 _FEW = 4  # of so few numbers Python's own arithmetic is faster
 _Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 _Reals = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -98,6 +101,13 @@ def _host(numbers: Tensor) -> _Words:
 def _lanes(count: int) -> _Words:
     """(count,) the lanes 1, 2, .. of a word, multiplied as they enter it; not to be written to."""
     return np.arange(1, count + 1, dtype=np.uint64) * _HOST_GAMMA
+
+
+def _lanes_on(device: torch.device, count: int) -> Tensor:
+    """`_lanes` as int64: a table, for of products of numbers that it knows a compiler makes some that do not wrap."""
+    if count <= _TABLE:
+        return constant(_lanes(count).view(np.int64).tolist(), torch.int64, device)
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GAMMA
 
 
 def _units(words: _Words) -> _Reals:
@@ -169,9 +179,7 @@ def words(keys: Tensor, counter: Tensor, count: int) -> Tensor:
         drawn = _finalise_host(_counted(keys, counter)[:, None] + _lanes(count))
         return torch.from_numpy(drawn.view(np.int64))
     here = _finalise(keys + (counter + 1) * _GAMMA)
-    # Added up, not multiplied: of a product of numbers it knows a compiler makes one that does not wrap.
-    lanes = torch.full((count,), _GAMMA, dtype=torch.int64, device=keys.device).cumsum(0)
-    return _finalise(here[:, None] + lanes)
+    return _finalise(here[:, None] + _lanes_on(keys.device, count))
 
 
 def rademacher(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
