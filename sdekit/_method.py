@@ -15,7 +15,7 @@ from ._products import require_traceable
 from .controller import Controller, FixedGrid, Nats
 from .divergence import Divergence, Hutchinson, default_divergence
 from .errors import ToleranceWarning
-from .grid import MixedTime
+from .grid import mixed_time
 from .loop import Carry
 from .model.score_model import ScoreModel
 from .solution import Status
@@ -61,7 +61,7 @@ def choose_method(
         judge = controller
     elif nodes is not None:
         require_count("nodes", nodes, 2)
-        mixed = MixedTime(model.sde, model.data_std)
+        mixed = mixed_time(model.sde, model.data_std)
         judge = FixedGrid(mixed.time(torch.linspace(0.0, 1.0, nodes, dtype=torch.float64)))
     elif chosen_solver.error_order is None:
         raise ValueError(f"{solver} has no error estimate; pass controller=sdekit.FixedGrid(times) with it.")

@@ -96,13 +96,13 @@ class MixedTime:
 
 
 @lru_cache(maxsize=64)
-def _made(sde: SDE, data_std: float) -> MixedTime:
-    return MixedTime(sde, data_std)
+def _made(sde: SDE, data_std: float, downward: bool) -> MixedTime:
+    return MixedTime(sde, data_std, downward)
 
 
-def mixed_time(sde: SDE, data_std: float) -> MixedTime:
+def mixed_time(sde: SDE, data_std: float, downward: bool = False) -> MixedTime:
     """The mixed variable of an SDE, made once for one of this package (others may keep a state)."""
-    return _made(sde, data_std) if is_own(sde) else MixedTime(sde, data_std)
+    return (_made if is_own(sde) else MixedTime)(sde, data_std, downward)
 
 
 def _with_exact_ends(times: Tensor, sde: SDE) -> Tensor:

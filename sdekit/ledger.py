@@ -167,6 +167,52 @@ def post(ledger: Ledger, entry: Note, weights: Tensor, count: Tensor, law: Law, 
     )
 
 
+class Links(NamedTuple):
+    """The newest node of many, open until the next one is known.
+
+    Attributes:
+        entry: Its `Note`, of leaves (B, ...).
+        link: (B,) mark . mark of the node before it; 0 for the first node.
+        before: (B,) trace of the node before it.
+        many: Nodes so far.
+    """
+
+    entry: Note
+    link: Tensor
+    before: Tensor
+    many: int
+
+
+def settle_many(
+    links: Links | None, entry: Note | None, weights: Tensor, law: Law, dim: int, probes: int
+) -> tuple[Tensor, Links | None]:
+    """The variance (B,) of the nodes that became final, where all samples share weights known from the start.
+
+    Args:
+        links: The node left open before; None at the first call.
+        entry: The nodes that follow, leaves (m, B, ...); None to close the last.
+        weights: (m + 1,) of the open node, if there is one, and of those that follow.
+        law: Of the probes.
+        dim: D.
+        probes: How many a node's estimate averages.
+    """
+    parts = [Note(*(part[None] for part in links.entry))] if links is not None else []
+    parts += [entry] if entry is not None else []
+    size, trace, mark = (torch.cat(part) for part in zip(*parts, strict=True))
+    pairs = (mark[1:] * mark[:-1]).sum(2, dtype=torch.float64)
+    none = torch.zeros_like(size[:1])
+    link = torch.cat((none if links is None else links.link[None], pairs))
+    elder = torch.cat((none if links is None else links.before[None], trace[:-1]))
+    first, closing = 0 if links is None else links.many - 1, entry is None
+    final = len(size) if closing else len(size) - 1
+    there = torch.ones_like(size)
+    before = _Neighbour(there if first else torch.cat((none, there[1:])), elder, link)
+    after = _Neighbour(torch.cat((there[1:], none)), torch.cat((trace[1:], none)), torch.cat((link[1:], none)))
+    variance = _node_variance(law, dim, probes, size, trace, before, after) * weights.square()[:, None]
+    newest = Links(Note(size[-1], trace[-1], mark[-1]), link[-1], elder[-1], first + len(size))
+    return variance[:final].sum(0), None if closing else newest
+
+
 def settle(ledger: Ledger, count: Tensor, law: Law, probes: int) -> Tensor:
     """(B,) the whole variance, the open nodes included, clamped at 0; `count` (B,) nodes were entered."""
     depth, dim = ledger.weight.shape[1], ledger.mark.shape[1]

@@ -34,9 +34,10 @@ from ._tensor import dot, working
 from .budget import Ends
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
-from .driver import Outcome, check_limits, drive
+from .driver import Outcome, check_limits
 from .ends import MISMATCH_EVALUATIONS, End, Entry, enter_data, mismatch
 from .errors import NetworkError, PartialResultWarning, SmoothnessWarning, SolveError
+from .grid_density import solve_density
 from .integrate import finish
 from .ledger import lone_variance, note
 from .likelihood_flow import FlowState, LikelihoodFlow
@@ -134,7 +135,7 @@ def log_likelihood(
                 f"max_evaluations={max_evaluations}; more than {besides} is needed for end={end!r}, budget={budget}."
             )
         problem = Problem(term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - besides)
-        outcome = drive(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
+        outcome = solve_density(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
         result = _result(term, method, outcome, entry, start, data_moments, transform)
         result = result._replace(latent=result.latent.to(x.dtype), whole=(x == x.round()).flatten(1).all(1))
         if budget and outcome.error is None:

@@ -57,6 +57,22 @@ class FlowState(NamedTuple):
     product: Tensor | None
 
 
+class Node(NamedTuple):
+    """What the field is made of at some s.
+
+    Attributes:
+        t: (B,) float64, the time.
+        scale: (B,) float64, alpha c: x = scale u.
+        of_x: (2, B) float64: x, and ..
+        of_output: (2, B) float64: .. the network's output, in du/ds and in the gradient of the log density in u.
+    """
+
+    t: Tensor
+    scale: Tensor
+    of_x: Tensor
+    of_output: Tensor
+
+
 class LikelihoodFlow(Term):
     """The probability flow in the mixed variable, with its log determinant.
 
@@ -91,6 +107,11 @@ class LikelihoodFlow(Term):
     @property
     def has_density(self) -> bool:
         return self.divergence is not None
+
+    @property
+    def asks_network(self) -> bool:
+        """Whether the network itself answers, and nothing in its place."""
+        return self._ask == self._asked
 
     @property
     def fresh(self) -> bool:
@@ -149,19 +170,22 @@ class LikelihoodFlow(Term):
         """x (B, *event) of a state where `log_scale` (B,) is log(alpha c)."""
         return (z.u * column(torch.exp(log_scale), z.u)).reshape(z.u.shape[0], *self.event)
 
-    def evaluate(self, s: Tensor, z: FlowState, node: Tensor) -> Evaluation:
+    def node(self, s: Tensor) -> Node:
+        """What the field is made of at `s` (B,)."""
         q, rate = self.mixed.log_ratio(s)
         sde, rho = self.model.sde, q.exp()
         t = sde.clamp(sde.time_at(-q))
         alpha = sde.alpha(t)
         c2 = self._variance + rho.square()
         c = c2.sqrt()
-        k, scale = rho / c, alpha * c
+        k = rho / c
         mine = self.model.parameterization.mix(sde, t)
         pull = rate * k / c2
-        # Both at once: du/ds, and the gradient of the log density in u.
         target = Mix(torch.stack((-rho * pull, torch.zeros_like(k))), torch.stack((self._variance * pull, -1.0 / k)))
-        of_x, of_output = conversion(alpha, rho * alpha, mine, target)
+        return Node(t, alpha * c, *conversion(alpha, rho * alpha, mine, target))
+
+    def evaluate(self, s: Tensor, z: FlowState, node: Tensor) -> Evaluation:
+        t, scale, of_x, of_output = self.node(s)
         x = z.u * column(scale, z.u)
         out, traces, product, notes = self._network(x, t, node, of_output[0] * scale)
         du, gradient = of_x.to(x.dtype)[:, :, None] * x + of_output.to(x.dtype)[:, :, None] * out

@@ -28,8 +28,9 @@ from ._method import Method, check_forward_mode, choose_method, judged, warn_loo
 from ._tensor import working
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
-from .driver import Outcome, check_limits, drive
-from .grid import MixedTime
+from .driver import Outcome, check_limits
+from .grid import mixed_time
+from .grid_density import solve_density
 from .integrate import finish
 from .likelihood import probe_variance
 from .likelihood_flow import FlowState, LikelihoodFlow
@@ -141,14 +142,14 @@ def sample_log_prob(
         check_grid_ends(method.controller, first, torch.full_like(first, sde.t_min))
     if transform is not None:
         transform.check(latent.shape[1:])
-    keys, mixed = Hutchinson.keys(seed, numbers), MixedTime(sde, model.data_std, downward=True)
+    keys, mixed = Hutchinson.keys(seed, numbers), mixed_time(sde, model.data_std, downward=True)
     term = LikelihoodFlow(model, method.divergence, latent.shape[1:], keys, mixed)
     start = working(latent)
     check_forward_mode(method.divergence, model, start, first)
     with torch.inference_mode(False), torch.no_grad():
         s0 = term.coordinate(first)
         problem = Problem(term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations)
-        outcome = drive(problem, begin(problem, s0, term.enter(start, s0)), limits)
+        outcome = solve_density(problem, begin(problem, s0, term.enter(start, s0)), limits)
         result = _result(term, method, outcome, start, first, transform)
     finish(result, outcome.carry.status, outcome.error, result.t, "the data's end of time", numbers, throw)
     warn_loose(result.status, result.solver_error, method)

@@ -70,6 +70,8 @@ ORDER = [
     "captured",
     "runtime",
     "driver",
+    "grid_books",
+    "grid_density",
     "integrate",
     "ends",
     "_method",

@@ -138,7 +138,7 @@ class ScoreModel(nn.Module):
         again, is given copies and its answers are copied.
         """
         dtype = self.network_dtype(x)
-        net, bound, rows = self.net, self.bound, _label_rows(labels, x.shape[0], dtype, x.device)
+        net, bound, rows = self.net, self.bound, label_rows(labels, x.shape[0], dtype, x.device)
         shape, plain = x.shape, x.dtype is dtype
         watched: list[Tensor] = []  # the answers of the first two calls
         writes, reuses = False, False
@@ -271,7 +271,7 @@ _LABELS_KEPT, _LABELS_LARGEST = 16, 1 << 14
 _lock = Lock()
 
 
-def _label_rows(labels: tuple[float, ...], batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def label_rows(labels: tuple[float, ...], batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """For each label a tensor (B,) of it; made anew where a network has written into those kept."""
     key = (labels, batch, dtype, device)
     with _lock:

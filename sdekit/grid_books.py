@@ -1,0 +1,239 @@
+"""What is booked of a density on a fixed grid beside its path: traces, error estimates, rounding, probes' variance.
+
+Nothing of it acts on the path (grid_density.py), so it is done for several nodes at once: for as many as make
+operations large, so that it costs little for few samples and takes no more memory for many nodes. Costs, rounding and
+variances are those of likelihood_flow.py and ledger.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._interrupt import finish_step
+from ._tensor import flatten
+from .divergence import Hutchinson
+from .ledger import Links, Note, note, settle_many
+from .likelihood_flow import FlowState, LikelihoodFlow
+from .terms import Aux
+
+_BLOCK = 1 << 15  # numbers that are booked at once
+
+
+class Numbers(NamedTuple):
+    """Coefficients at the n + 1 nodes, of lists by node, all float64; depth K.
+
+    Attributes:
+        labels: Of the network's calls.
+        scale: What the network sees of u: seen = scale u.
+        tilt: kept = out + tilt seen.
+        slope: f = slope kept, in u.
+        gradient: (n + 1, 2) of the log density in u: of seen, and of kept.
+        jacobian, shift: The divergence is jacobian times the network's trace in what it sees, plus shift.
+        chain: (n + 1, K + 1) of kept_k-1-i in seen_k, beside scale_k / scale_k-1 times seen_k-1.
+        move: (n + 1, K + 1) of kept_k-i in u_k, beside the predicted u_k.
+        correct: (n + 1, K + 1) of f_k-i in a step's gain.
+        error: (n + 1, K + 1) of f_k-i in its error.
+        weight: (n + 1,) of f_k in the gain of all steps.
+    """
+
+    labels: tuple[float, ...]
+    scale: Tensor
+    tilt: list[float]
+    slope: Tensor
+    gradient: Tensor
+    jacobian: Tensor
+    shift: Tensor
+    chain: list[list[float]]
+    move: Tensor
+    correct: Tensor
+    error: Tensor
+    weight: Tensor
+
+
+class Books:
+    """What is booked beside the path, for blocks of nodes.
+
+    Attributes:
+        indicated: (B,) nats that the error estimates add up to.
+    """
+
+    def __init__(self, term: LikelihoodFlow, depth: int, numbers: Numbers, z: FlowState) -> None:
+        self.term, self.depth, self.numbers, self.first = term, depth, numbers, z
+        self.by_node = [part.to(z.u.device) for part in (numbers.gradient, numbers.jacobian, numbers.shift)]
+        sums = (numbers.move, numbers.error * back(numbers.slope, depth + 1), numbers.correct, numbers.error)
+        self.by_step = [part.to(z.u.device) for part in sums]
+        none = torch.zeros_like(z.log_det[:, :1])[:, 0]
+        self.indicated, self.rounded, self.variance = none, none.new_zeros(len(none), 2), none
+        self.log_det, self.product = z.log_det, z.product
+        self.links: Links | None = None
+        self.seen: list[Tensor] = []  # (B, *event) of the last node before the block
+        self.kept: list[Tensor] = []  # of the depth + 1 nodes before the block, at most
+        self.open: list[tuple[Tensor, Tensor, Tensor]] = []  # of the block: seen, kept, answers
+        self.rates: Tensor | None = None  # (depth, B, C) divergences of the nodes before the block
+        self.entered = 0
+        self.block = max(1, _BLOCK // (z.u.numel() * max(1, term.channels)))
+        self.drawn: list[Tensor] = []
+
+    def probes(self, k: int) -> Tensor:
+        """(P, B, D) the probes of node k; fresh ones are drawn for a block at a time."""
+        divergence, keys, u = self.term.divergence, self.term.keys, self.first.u
+        assert isinstance(divergence, Hutchinson)
+        if not divergence.fresh:
+            if not self.drawn:
+                self.drawn = [divergence.draw(keys, torch.zeros_like(keys[:, 0]), u.shape[1], u.dtype)]
+            return self.drawn[0]
+        place = k - self.entered
+        if place == len(self.drawn):
+            many = min(self.block, len(self.numbers.labels) - k)
+            number = torch.arange(k, k + many, device=keys.device).repeat_interleave(len(keys))
+            drawn = divergence.draw(keys.repeat(many, 1), number, u.shape[1], u.dtype)
+            self.drawn = [*self.drawn, *drawn.reshape(len(drawn), many, *u.shape).unbind(1)]
+        return self.drawn[place]
+
+    def enter(self, seen: Tensor, kept: Tensor, answer: Tensor) -> None:
+        """One more node."""
+        self.open.append((seen, kept, answer))
+        if len(self.open) == self.block:
+            with finish_step() as asked:  # an interrupt finds all of it or none
+                self._book()
+            if asked():
+                raise KeyboardInterrupt
+
+    @property
+    def count(self) -> int:
+        """Nodes so far."""
+        return self.entered + len(self.open)
+
+    def close(self) -> tuple[FlowState, Tensor, Tensor | None]:
+        """The state after the last node, rounding (B, 2) and the variance of fresh probes, if there are any."""
+        if self.open:
+            self._book()
+        u, last = self.first.u, self.entered - 1
+        if last >= 0:
+            u = flatten(self.seen[-1] * (1.0 / float(self.numbers.scale[last])))
+            for weight, past in zip(self.numbers.move[last].tolist(), reversed(self.kept), strict=False):
+                u.add_(flatten(past), alpha=weight)
+        variance = None
+        if self.term.fresh:
+            assert isinstance(self.term.divergence, Hutchinson)
+            law, probes = self.term.divergence.law, self.term.divergence.probes
+            variance = self.variance
+            if self.links is not None:
+                final = settle_many(
+                    self.links, None, self.numbers.weight[last : last + 1].to(u.device), law, u.shape[1], probes
+                )[0]
+                variance = (variance + final).clamp(min=0.0)
+        return FlowState(u, self.log_det, self.product), self.rounded, variance
+
+    def _book(self) -> None:
+        """Books the nodes of the block."""
+        first, last = self.entered, self.count
+        seen, kept, answers = (list(parts) for parts in zip(*self.open, strict=True))
+        self.seen, self.kept = self.seen + seen, self.kept + kept
+        traces = self._traced(answers, first, last)
+        _, jacobian, shift = (part[first:last] for part in self.by_node)
+        rates = traces * jacobian[:, None, None] + shift[:, None, None]  # (m, B, C)
+        width = self.depth + 1
+        before = rates.new_zeros(self.depth, *rates.shape[1:]) if self.rates is None else self.rates
+        rates = torch.cat((before, rates))
+        gained, off = (_sums(rates, part[first:last], width) for part in self.by_step[2:])
+        self.log_det = self.log_det + gained.sum(0)
+        self._cost(first, last, gained, off)
+        self.rates, self.entered = rates[-self.depth :], last
+        self.seen, self.kept, self.open = self.seen[-1:], self.kept[-width:], []
+        if self.term.fresh:
+            self.drawn = []
+
+    def _traced(self, given: list[Tensor], first: int, last: int) -> Tensor:
+        """(m, B, C) float64 traces in what the network sees; books products and the probes' variance."""
+        divergence, count = self.term.divergence, last - first
+        answers = torch.stack(given) if count > 1 else given[0][None]
+        if not isinstance(divergence, Hutchinson):
+            return answers
+        products = answers.flatten(3)  # (m, P, B, D)
+        probes = torch.stack(self.drawn[:count]) if divergence.fresh else self.drawn[0][None]
+        marks = probes * products
+        traces = marks.sum(3, dtype=torch.float64).transpose(1, 2)
+        jacobian = self.by_node[1][first:last]
+        if self.product is not None:
+            weight = (self.numbers.weight * self.numbers.jacobian)[first:last].tolist()
+            for each, part in zip(weight, products[:, 0], strict=True):
+                self.product = torch.add(self.product, part, alpha=each)
+        if divergence.fresh:
+            values = divergence.probes
+            scaled = products[:, :values] * jacobian.to(products.dtype)[:, None, None, None]
+            self._link(probes[:, :values], scaled, first)
+        if divergence.control:
+            values = divergence.probes
+            traces = torch.cat((traces[..., :values], traces[..., values:].mean(2, keepdim=True)), 2)
+        return traces
+
+    def _link(self, probes: Tensor, products: Tensor, first: int) -> None:
+        """Books the variance of the fresh probes of a block: (m, K, B, D) each."""
+        divergence, count = self.term.divergence, len(products)
+        assert isinstance(divergence, Hutchinson)
+        entry = note(probes.transpose(0, 1).flatten(1, 2), products.transpose(1, 2).flatten(0, 1))
+        entry = Note(*(part.reshape(count, -1, *part.shape[1:]) for part in entry))
+        weight = self.numbers.weight[max(0, first - 1) : first + count].to(products.device)
+        more, self.links = settle_many(self.links, entry, weight, divergence.law, products.shape[3], divergence.probes)
+        self.variance = self.variance + more
+
+    def _cost(self, first: int, last: int, gained: Tensor, off: Tensor) -> None:
+        """Books the error estimates and the rounding of the steps that end at the nodes of a block."""
+        skip = int(first == 0)  # the first node is evaluated in place
+        if last - first == skip:
+            return
+        term, width, numbers = self.term, self.depth + 1, self.numbers
+        steps = slice(first + skip, last)
+        count, batch = last - first - skip, self.first.u.shape[0]
+        seen = _rows(self.seen[-(count + 1) :])  # from the node before the first step's end on
+        missing = count + width - len(self.kept)
+        kept = _rows([torch.zeros_like(self.kept[0])] * missing + self.kept[-(count + width) :])
+        gradient = self.by_node[0][steps].to(seen.dtype)
+        slope = gradient[:, 0, None, None] * seen[1:] + gradient[:, 1, None, None] * kept[-count:]
+        error = _sums(kept, self.by_step[1][steps], width)
+        before = slice(first + skip - 1, last - 1)
+        scale = (1.0 / numbers.scale[before]).to(seen.device, seen.dtype)
+        state = scale[:, None, None] * seen[:-1] + _sums(kept[:-1], self.by_step[0][before], width)[-count:]
+        aux = Aux(slope.flatten(0, 1), None)
+        cost = term.nats(FlowState(error.flatten(0, 1), off[skip:].flatten(0, 1), None), aux)
+        settled = torch.arange(first + skip, last, device=cost.device) >= self.depth
+        shares = torch.where(settled, 1.0, 0.1).double()
+        self.indicated = self.indicated + (cost.reshape(count, batch) * shares[:, None]).sum(0)
+        moved = gained[skip:].flatten(0, 1)
+        here = FlowState(state.flatten(0, 1), torch.zeros_like(moved), None)
+        lost = term.rounding(torch.zeros_like(cost), here, here._replace(log_det=moved), aux)
+        self.rounded = self.rounded + lost.reshape(count, batch, 2).sum(0)
+
+
+def back(by_node: Tensor, width: int) -> Tensor:
+    """(n, width) the numbers of each node and of those before it, zero where there is none."""
+    place = torch.arange(len(by_node))[:, None] - torch.arange(width)
+    return torch.where(place >= 0, by_node[place.clamp(min=0)], 0.0)
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    """(m, B, D) tensors (B, *event) one over the other."""
+    return torch.stack(parts).flatten(2) if len(parts) > 1 else flatten(parts[0])[None]
+
+
+def _sums(past: Tensor, weights: Tensor, width: int) -> Tensor:
+    """(m, ...) for each of the last m rows: sum_i weights[row, i] of the row i before it, in the dtype of `past`.
+
+    Args:
+        past: (m + width - 1 or more, ...) the rows and those before them.
+        weights: (m, width).
+        width: How many of them a sum takes.
+    """
+    count, weights = len(weights), weights.to(past.dtype)
+    total: Tensor | None = None
+    for i in range(width):
+        end = len(past) - i
+        rows = past[end - count : end]
+        weight = weights[:, i].reshape(-1, *(1,) * (past.dim() - 1))
+        total = rows * weight if total is None else torch.addcmul(total, rows, weight)
+    assert total is not None
+    return total
