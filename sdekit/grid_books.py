@@ -122,10 +122,9 @@ class Books:
             law, probes = self.term.divergence.law, self.term.divergence.probes
             variance = self.variance
             if self.links is not None:
-                final = settle_many(
-                    self.links, None, self.numbers.weight[last : last + 1].to(u.device), law, u.shape[1], probes
-                )[0]
-                variance = (variance + final).clamp(min=0.0)
+                weight = self.numbers.weight[last : last + 1].to(u.device)
+                variance = variance + settle_many(self.links, None, weight, law, u.shape[1], probes)[0]
+            variance = variance.clamp(min=0.0)  # as `settle` does
         return FlowState(u, self.log_det, self.product), self.rounded, variance
 
     def _book(self) -> None:
@@ -193,12 +192,12 @@ class Books:
         missing = count + width - len(self.kept)
         kept = _rows([torch.zeros_like(self.kept[0])] * missing + self.kept[-(count + width) :])
         gradient = self.by_node[0][steps].to(seen.dtype)
-        slope = gradient[:, 0, None, None] * seen[1:] + gradient[:, 1, None, None] * kept[-count:]
+        steep = gradient[:, 0, None, None] * seen[1:] + gradient[:, 1, None, None] * kept[-count:]
         error = _sums(kept, self.by_step[1][steps], width)
         before = slice(first + skip - 1, last - 1)
         scale = (1.0 / numbers.scale[before]).to(seen.device, seen.dtype)
         state = scale[:, None, None] * seen[:-1] + _sums(kept[:-1], self.by_step[0][before], width)[-count:]
-        aux = Aux(slope.flatten(0, 1), None)
+        aux = Aux(steep.flatten(0, 1), None)
         cost = term.nats(FlowState(error.flatten(0, 1), off[skip:].flatten(0, 1), None), aux)
         settled = torch.arange(first + skip, last, device=cost.device) >= self.depth
         shares = torch.where(settled, 1.0, 0.1).double()
@@ -211,7 +210,7 @@ class Books:
 
 def back(by_node: Tensor, width: int) -> Tensor:
     """(n, width) the numbers of each node and of those before it, zero where there is none."""
-    place = torch.arange(len(by_node))[:, None] - torch.arange(width)
+    place = torch.arange(len(by_node), device="cpu")[:, None] - torch.arange(width, device="cpu")
     return torch.where(place >= 0, by_node[place.clamp(min=0)], 0.0)
 
 
