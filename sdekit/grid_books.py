@@ -15,7 +15,7 @@ from torch import Tensor
 from ._interrupt import finish_step
 from ._tensor import flatten
 from .divergence import Hutchinson
-from .ledger import Links, Note, note, settle_many
+from .ledger import Links, Note, settle_many
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .terms import Aux
 
@@ -161,23 +161,24 @@ class Books:
             weight = (self.numbers.weight * self.numbers.jacobian)[first:last].tolist()
             for each, part in zip(weight, products[:, 0], strict=True):
                 self.product = torch.add(self.product, part, alpha=each)
+        values = divergence.probes
         if divergence.fresh:
-            values = divergence.probes
-            scaled = products[:, :values] * jacobian.to(products.dtype)[:, None, None, None]
-            self._link(probes[:, :values], scaled, first)
+            self._link(products[:, :values], marks[:, :values], traces[..., :values], jacobian, first)
         if divergence.control:
-            values = divergence.probes
             traces = torch.cat((traces[..., :values], traces[..., values:].mean(2, keepdim=True)), 2)
         return traces
 
-    def _link(self, probes: Tensor, products: Tensor, first: int) -> None:
-        """Books the variance of the fresh probes of a block: (m, K, B, D) each."""
-        divergence, count = self.term.divergence, len(products)
+    def _link(self, products: Tensor, marks: Tensor, traces: Tensor, jacobian: Tensor, first: int) -> None:
+        """Books the variance of the fresh probes of a block: (m, K, B, D) products, and marks; (m, B, K) traces."""
+        divergence, count, size = self.term.divergence, len(products), products.shape[3]
         assert isinstance(divergence, Hutchinson)
-        entry = note(probes.transpose(0, 1).flatten(1, 2), products.transpose(1, 2).flatten(0, 1))
-        entry = Note(*(part.reshape(count, -1, *part.shape[1:]) for part in entry))
+        entry = Note(
+            products.square().sum(3, dtype=torch.float64).mean(1) * jacobian.square()[:, None],
+            traces.mean(2) * jacobian[:, None] / size,
+            (marks[:, 0] if marks.shape[1] == 1 else marks.mean(1)) * jacobian.to(marks.dtype)[:, None, None],
+        )
         weight = self.numbers.weight[max(0, first - 1) : first + count].to(products.device)
-        more, self.links = settle_many(self.links, entry, weight, divergence.law, products.shape[3], divergence.probes)
+        more, self.links = settle_many(self.links, entry, weight, divergence.law, size, divergence.probes)
         self.variance = self.variance + more
 
     def _cost(self, first: int, last: int, gained: Tensor, off: Tensor) -> None:
