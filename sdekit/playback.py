@@ -26,7 +26,7 @@ from .solver.base import Solver
 from .tape import STATE, Draw, Tape, added, input_of, output_of
 from .terms import Term
 
-_BLOCK = 1 << 15  # numbers drawn at once
+_BLOCK = 1 << 17  # numbers drawn at once: 1.11 of the bare network at batch 64 where 2^15 takes 1.14, 2^13 1.18
 
 
 class Played(NamedTuple):
