@@ -62,6 +62,7 @@ class _Terms:
     inputs: dict[int, float] = field(default_factory=dict)
     outputs: dict[int, float] = field(default_factory=dict)
     draws: dict[int, float] = field(default_factory=dict)
+    window: int = 0  # how many calls it reaches back
 
     @property
     def same(self) -> bool:
@@ -97,12 +98,15 @@ def _tape(run: Run, chained: bool) -> Tape:
         while e < len(run.before) and run.before[e] == k:
             linked = chained and e > 0
             base = run.given[e - 1] if linked else run.states[k]
-            calls.append(_terms(run, run.given[e], base, input_of(e - 1) if linked else STATE, e, since, run.asked[e]))
+            near = calls[-1].window - 1 if calls else 0
+            place = input_of(e - 1) if linked else STATE
+            calls.append(_terms(run, run.given[e], base, place, e, (since, run.asked[e]), near))
             asked, e = run.asked[e], e + 1
         # What is asked between this step's last call and the next one's first may belong to either.
         count = len(run.draws) if e == len(run.before) else run.asked[e]
         base, place = (run.given[e - 1], input_of(e - 1)) if chained else (run.states[k], STATE)
-        states.append(_terms(run, run.states[k + 1], base, place, e, since, count))
+        near = states[-1].window - 1 if states else 0
+        states.append(_terms(run, run.states[k + 1], base, place, e, (since, count), near))
         asked = max([asked, *(n + 1 for n in states[-1].draws)])
         counts.append((e, asked))
     tilts = _tilts([*calls, *states[-1 if chained else 0 :]])
@@ -143,18 +147,23 @@ def _share(target: Tensor, base: Tensor) -> float | None:
     return float(share) if bool(((target - share * base).abs() <= _SAME * target.abs().max()).all()) else None
 
 
-def _terms(run: Run, target: Tensor, base: Tensor, place: int, before: int, since: int, asked: int) -> _Terms:
-    """`target` as a sum of `base`, of few of the last of `before` calls, and of the draws `since` to `asked`."""
+def _terms(
+    run: Run, target: Tensor, base: Tensor, place: int, before: int, draws: tuple[int, int], near: int
+) -> _Terms:
+    """`target` as a sum of `base`, of few of the last of `before` calls, and of draws from one number to another.
+
+    How few is looked for from `near` on: one less than the sum before it needed.
+    """
     found = _Terms(target, base, place)
     share = _share(target, base)
     if share is not None and abs(share - 1.0) <= _SAME:
         return found
     calls, most = len(run.given), float(target.abs().max())
-    for window in range(_WINDOW + 1):
+    for window in range(max(0, near), _WINDOW + 1):
         first = max(0, before - window)
         free = torch.zeros(len(target), dtype=torch.bool)
         free[1 + first : 1 + before] = True
-        free[1 + calls + since : 1 + calls + asked] = True
+        free[1 + calls + draws[0] : 1 + calls + draws[1]] = True
         names = [j for j in range(first, before) if _share(run.given[j], base) is None]
         basis = torch.stack([base, *run.given[names]], 1)
         size = basis.abs().amax(0).clamp(min=1e-300)
@@ -167,7 +176,7 @@ def _terms(run: Run, target: Tensor, base: Tensor, place: int, before: int, sinc
             break
     rest[rest.abs() <= 1e-15 * (basis.abs() @ weights.abs() + target.abs())] = 0.0
     places = (rest * free).nonzero()[:, 0].tolist()
-    found.a = float(weights[0])
+    found.a, found.window = float(weights[0]), window
     found.inputs = {j: float(c) for c, j in zip(weights[1:], names, strict=True) if c != 0}
     found.outputs = {j - 1: float(rest[j]) for j in places if j <= calls}
     found.draws = {j - 1 - calls: float(rest[j]) for j in places if j > calls}
