@@ -172,6 +172,19 @@ def test_whoever_stops_it_finds_what_the_loop_has(late, block, solves, monkeypat
         assert bool(theirs.log_prob.isnan().all())
 
 
+def test_networks_that_write_into_their_labels_are_served_too(solves):
+    class Rough(torch.nn.Module):
+        def forward(self, x, label):
+            return torch.tanh(x + label.mul_(3.0)[:, None])
+
+    model = sdekit.ScoreModel(Rough(), SDES["vp"], sdekit.data(), data_std=0.5)
+    x = draw(4, 5, 3)
+    first, again = (sdekit.log_likelihood(model, x, nodes=10).log_prob for _ in range(2))
+    solves.by_the_loop()
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, sdekit.log_likelihood(model, x, nodes=10).log_prob, rtol=0.0, atol=1e-11)
+
+
 def test_time_limits_and_budgets_hold(solves):
     x = TARGET.sample(2)
     with pytest.warns(sdekit.PartialResultWarning, match="wall_time"):
