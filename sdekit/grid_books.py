@@ -29,20 +29,19 @@ class Numbers(NamedTuple):
         labels: Of the network's calls.
         scale: What the network sees of u: seen = scale u.
         tilt: kept = out + tilt seen.
-        slope: f = slope kept, in u.
         gradient: (n + 1, 2) of the log density in u: of seen, and of kept.
         jacobian, shift: The divergence is jacobian times the network's trace in what it sees, plus shift.
         chain: (n + 1, K + 1) of kept_k-1-i in seen_k, beside scale_k / scale_k-1 times seen_k-1.
         move: (n + 1, K + 1) of kept_k-i in u_k, beside the predicted u_k.
-        correct: (n + 1, K + 1) of f_k-i in a step's gain.
-        error: (n + 1, K + 1) of f_k-i in its error.
-        weight: (n + 1,) of f_k in the gain of all steps.
+        correct: (n + 1, K + 1) of node k-i in a step's gain.
+        error: (n + 1, K + 1) of node k-i in its error.
+        missed: (n + 1, K + 1) of kept_k-i in its error, in u.
+        weight: (n + 1,) of node k in the gain of all steps.
     """
 
     labels: tuple[float, ...]
     scale: Tensor
     tilt: list[float]
-    slope: Tensor
     gradient: Tensor
     jacobian: Tensor
     shift: Tensor
@@ -50,6 +49,7 @@ class Numbers(NamedTuple):
     move: Tensor
     correct: Tensor
     error: Tensor
+    missed: Tensor
     weight: Tensor
 
 
@@ -63,7 +63,7 @@ class Books:
     def __init__(self, term: LikelihoodFlow, depth: int, numbers: Numbers, z: FlowState) -> None:
         self.term, self.depth, self.numbers, self.first = term, depth, numbers, z
         self.by_node = [part.to(z.u.device) for part in (numbers.gradient, numbers.jacobian, numbers.shift)]
-        sums = (numbers.move, numbers.error * back(numbers.slope, depth + 1), numbers.correct, numbers.error)
+        sums = (numbers.move, numbers.missed, numbers.correct, numbers.error)
         self.by_step = [part.to(z.u.device) for part in sums]
         none = torch.zeros_like(z.log_det[:, :1])[:, 0]
         self.indicated, self.rounded, self.variance = none, none.new_zeros(len(none), 2), none
@@ -207,12 +207,6 @@ class Books:
         here = FlowState(state.flatten(0, 1), torch.zeros_like(moved), None)
         lost = term.rounding(torch.zeros_like(cost), here, here._replace(log_det=moved), aux)
         self.rounded = self.rounded + lost.reshape(count, batch, 2).sum(0)
-
-
-def back(by_node: Tensor, width: int) -> Tensor:
-    """(n, width) the numbers of each node and of those before it, zero where there is none."""
-    place = torch.arange(len(by_node), device="cpu")[:, None] - torch.arange(width, device="cpu")
-    return torch.where(place >= 0, by_node[place.clamp(min=0)], 0.0)
 
 
 def _rows(parts: list[Tensor]) -> Tensor:

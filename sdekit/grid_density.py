@@ -77,7 +77,6 @@ def _numbers(
         tuple(meaning.label(sde, t).tolist()),
         scale,
         tilt.tolist(),
-        slope,
         gradient,
         slope * scale,
         of_x[0] * inverse * scale * size,
@@ -85,6 +84,7 @@ def _numbers(
         after * slopes,
         correct,
         error,
+        error * slopes,
         weight,
     )
 
