@@ -6,8 +6,8 @@ No state is kept anywhere. A 64-bit word is the finaliser of SplitMix64 applied 
 
 each arrow one application of the finaliser to the sum of what came before and a multiple of an odd constant. All of
 it is int64 arithmetic that wraps, so integers and signs agree to the bit on every device; normals (Box-Muller in
-float64) to rounding. On the CPU numpy does it, in place and in blocks that stay in the cache, two to three times as
-fast for large draws and five times for small ones; the logarithms, sines and cosines are torch's there too.
+float64) to rounding. On the CPU numpy does it, in place and in blocks that stay in the cache, two to four times as
+fast; the logarithms, sines and cosines are torch's there too.
 
 Source: Steele, Lea and Flood 2014, fast splittable pseudorandom number generators.
 """

@@ -63,5 +63,5 @@ def controller_of(model: ScoreModel, controller: Controller | None, steps: int |
 def _grid(sde: SDE, steps: int, data_std: float, forward: bool) -> FixedGrid:
     """So many steps equally spaced in the mixed variable."""
     with torch.inference_mode(False):  # it is kept for calls outside of that mode
-        times = likelihood_grid(sde, steps, data_std).clone()
+        times = likelihood_grid(sde, steps, data_std)
         return FixedGrid(times.flip(0) if forward else times)

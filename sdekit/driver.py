@@ -83,6 +83,13 @@ class Outcome(NamedTuple):
     seen: list[tuple[Tensor, Tensor, Any]]
 
 
+def seconds_since(began: float, like: Tensor) -> float:
+    """Seconds since `began`, by the monotonic clock; what was launched on the device of `like` is waited for."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return clock.monotonic() - began
+
+
 class Stop:
     """What ended a solve before its end: a network that cannot be used, or a status of those who still ran."""
 

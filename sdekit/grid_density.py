@@ -26,7 +26,7 @@ from ._checks import is_own
 from ._tensor import all_finite
 from .controller import FixedGrid, GridState
 from .divergence import Exact, Hutchinson
-from .driver import Limits, Outcome, drive, stops
+from .driver import Limits, Outcome, drive, seconds_since, stops
 from .grid import mixed_time
 from .grid_books import Books, Numbers
 from .likelihood_flow import LikelihoodFlow
@@ -147,7 +147,7 @@ class _Solve:
         bar = tqdm(total=self.count, unit="node") if limits.progress else None
         with stops(bar) as stop:
             for k in range(self.count):
-                if limits.wall_time is not None and clock.monotonic() - began >= limits.wall_time:
+                if limits.wall_time is not None and seconds_since(began, u) >= limits.wall_time:
                     stop.status = Status.TIME_LIMIT
                     break
                 shown = seen

@@ -15,7 +15,7 @@ from ._fit import check_method
 from ._tensor import all_finite, working
 from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
-from .driver import Limits, check_limits, stops
+from .driver import Limits, check_limits, seconds_since, stops
 from .errors import NetworkError
 from .integrate import finish, integrate
 from .model.score_model import ScoreModel
@@ -64,7 +64,7 @@ def play(
     bar = tqdm(total=steps, unit="step") if limits.progress else None  # one that shows nothing takes 30 us
     with stops(bar) as stop:
         for step in tape.steps:
-            if limits.wall_time is not None and _seconds(began, x) >= limits.wall_time:
+            if limits.wall_time is not None and seconds_since(began, x) >= limits.wall_time:
                 stop.status = Status.TIME_LIMIT
                 break
             for given, draws, tilt in step.calls:
@@ -91,13 +91,6 @@ def play(
     reached = values[STATE]
     assert reached is not None  # it holds a state from the start on
     return Played(reached, t, made, calls, stop.status, stop.error, seen)
-
-
-def _seconds(began: float, like: Tensor) -> float:
-    """Since `began`, what was launched on a device included."""
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    return clock.monotonic() - began
 
 
 class _Noise:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tape import SAME, STATE, Call, Draw, Step, Sum, Tape, added, input_of, output_of
+from .tape import SAME, STATE, Call, Draw, Step, Sum, Tape, added, draw_of, input_of, output_of
 
 _WINDOW = 14  # calls that a sum may reach back
 _NOTHING = 1e-12  # of the largest coefficient, what may be left over by the calls that a sum names
@@ -218,7 +218,7 @@ def _sum(terms: _Terms, run: Run, tilts: dict[int, float]) -> Sum:
     columns += [unit[1 + j] + tilts.get(j, 0.0) * run.given[j] for j in terms.outputs]
     columns += [unit[1 + calls + n] for n in terms.draws]
     places = [*map(input_of, kept), *map(output_of, terms.outputs)]
-    places += [output_of(calls) - 1 + n for n in terms.draws]
+    places += [draw_of(calls, n) for n in terms.draws]
     basis = torch.stack(columns, 1)
     weights = torch.linalg.lstsq(basis, terms.target[:, None], driver="gelsd").solution[:, 0]
     if bool(((basis @ weights - terms.target).abs() <= _NOTHING * most).all()):

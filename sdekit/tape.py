@@ -24,6 +24,11 @@ def output_of(call: int) -> int:
     return 2 + 2 * call
 
 
+def draw_of(calls: int, number: int) -> int:
+    """The place of a draw in a solve of so many calls."""
+    return 1 + 2 * calls + number
+
+
 class Draw(NamedTuple):
     """A question put to a path: `kind` with its two times (normal: none), the number of the step and the lane."""
 
@@ -98,7 +103,7 @@ class Tape(NamedTuple):
 
     def draw_place(self, number: int) -> int:
         """The place of a draw."""
-        return output_of(self.calls) - 1 + number
+        return draw_of(self.calls, number)
 
     def empty(self) -> list[Tensor | None]:
         """The places, with nothing in them."""
