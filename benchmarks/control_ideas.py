@@ -42,7 +42,7 @@ from sdekit._tensor import dot, select, tree_map
 from sdekit.controller import Controller, NatsState, Step, Verdict
 from sdekit.solver.adams import Memory
 from sdekit.solver.base import Proposal, Solver
-from sdekit.solver.newton import newton_weights
+from sdekit.solver.newton import Formula, stacked
 from sdekit.terms import Term
 
 from .common import Report, arguments, quantile
@@ -140,22 +140,20 @@ class NextOrder(sdekit.Adams):
 
     def propose(self, term: Term, s0: Tensor, s1: Tensor, z: Any, memory: Memory, path: Any) -> Proposal:
         depth, kept = self.error_order, self.error_order - 1
-        valid = torch.arange(depth) < memory.entered[:, None]
-        s1 = torch.where(memory.entered > 0, s1, s0)
-        known = torch.cat((torch.ones_like(valid[:, :1]), valid), 1)
-        nodes, usable = torch.cat((s1[:, None], memory.nodes), 1), valid[:, :kept]
-        backward = newton_weights(memory.nodes[:, :kept], usable, s0, s1) * (usable[:, :, None] & usable[:, None, :])
-        forward = newton_weights(nodes, known, s0, s1) * (known[:, :, None] & known[:, None, :])
+        begun, count = memory.entered > 0, memory.entered.clamp(max=depth)
+        s1, used = torch.where(begun, s1, s0), count.clamp(max=kept)
+        nodes = torch.cat((s1[:, None], memory.nodes), 1)
+        backward = stacked(memory.nodes[:, :kept], Formula(used, used, False, begun), s0, s1).predict
+        forward, _, last, beyond = stacked(memory.nodes, Formula(count, used, True, begun), s0, s1).correct.unbind(1)
 
         def total(weights: Tensor, past: Tensor) -> Tensor:
             return torch.einsum("bk,bk...->b...", weights, past)
 
-        predicted = tree_map(lambda state, past: state + total(backward.sum(1), past[:, :kept]), z, memory.slopes)
+        predicted = tree_map(lambda state, past: state + total(backward, past[:, :kept]), z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
         slopes = tree_map(lambda rate, past: torch.cat((rate[:, None], past), 1), fresh, memory.slopes)
-        moved = tree_map(lambda state, past: state + total(forward[:, :depth].sum(1), past), z, slopes)
-        count = valid.sum(1)
-        rows = [torch.take_along_dim(forward, k[:, None, None], 1)[:, 0] for k in (count.clamp(max=kept), count)]
+        moved = tree_map(lambda state, past: state + total(forward, past), z, slopes)
+        rows = (last, torch.where((count > kept)[:, None], beyond, last))
         errors = tuple(tree_map(lambda past, row=row: total(row, past), slopes) for row in rows)
         entered = tree_map(lambda past: past[:, :depth], (nodes, slopes))
         moved = select(memory.entered > 0, moved, z)

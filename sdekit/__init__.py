@@ -11,7 +11,7 @@ from .brownian_motion import BrownianMotion
 from .budget import Budget
 from .chunking import chunked
 from .comparison import LogRatio, MeanRatio, log_ratio
-from .controller import PID, Controller, FixedGrid, Nats
+from .controller import Controller, FixedGrid, Nats
 from .dequantize import Dequantizer, TruncatedNormalDequantizer, UniformDequantizer, VariationalDequantizer
 from .discrete import discrete_log_likelihood
 from .divergence import Divergence, Exact, Hutchinson
@@ -44,6 +44,7 @@ from .model import (
     velocity,
 )
 from .model.guidance import GuidanceInterval, classifier_guided, guided
+from .pid import PID
 from .plan import Plan, plan_sampling
 from .pointwise import i_mmse, path_integral
 from .sampled_density import SampledDensity, sample_log_prob

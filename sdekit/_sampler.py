@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ._checks import is_own, require_count
-from .controller import PID, Controller, FixedGrid
+from .controller import Controller, FixedGrid
 from .grid import likelihood as likelihood_grid
 from .model.score_model import ScoreModel
+from .pid import PID
 from .sde.base import SDE
 from .solver.adams import Adams
 from .solver.base import Solver

@@ -1,7 +1,8 @@
 """Broadcasting, masked selection and row selection over nested tuples of tensors.
 
 Every evolving value is a tree: a tensor whose first axis is the batch, None, or a (named) tuple of trees. Three maps
-are all that the loop needs: `select` (commit by mask), `take` (keep some rows) and `put` (write rows back).
+are all that the loop needs: `select` (commit by mask), `take` (keep some rows) and `put` (write rows back). Leaves of
+(B,) numbers may be numpy arrays (_numbers.py), and so may a mask.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,7 +26,7 @@ def tree_map(function: Callable[..., Any], first: Tree, *others: Tree) -> Tree:
         first: A tensor, None, or a (named) tuple of trees; anything else is passed through untouched.
         others: Trees of the same structure.
     """
-    if isinstance(first, Tensor):
+    if isinstance(first, (Tensor, np.ndarray)):
         return cast(Tree, function(first, *others))
     if isinstance(first, tuple):
         children = [tree_map(function, *leaves) for leaves in zip(first, *cast(Any, others), strict=True)]
@@ -77,21 +79,39 @@ def there(table: Tensor, device: torch.device) -> Tensor:
     return found
 
 
+_ARRAYS = {torch.float64: np.float64, torch.float32: np.float32}
+
+
+def tensor(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """These numbers, a tensor or an array, as a tensor, in a floating type if one is named."""
+    if not isinstance(value, np.ndarray):
+        return value if dtype is None else value.to(dtype)
+    kind = None if dtype is None else _ARRAYS.get(dtype)
+    made = torch.from_numpy(value if kind is None else np.ascontiguousarray(value, kind))
+    return made if dtype is None or kind is not None else made.to(dtype)
+
+
 def column(value: Tensor, like: Tensor) -> Tensor:
     """`value` of shape (B,) shaped (B, 1, ..., 1) to broadcast against `like`, in the dtype of `like`.
 
     The one place where a per-sample scalar meets a state: a float64 coefficient does not promote a float32 state.
     """
-    return value.to(like.dtype).reshape(value.shape + (1,) * (like.dim() - value.dim()))
+    made = tensor(value, like.dtype)
+    return made.reshape(made.shape + (1,) * (like.dim() - made.dim()))
 
 
 def select(mask: Tensor, new: Tree, old: Tree) -> Tree:
     """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere; leaves keep the dtype of `old`."""
+    if isinstance(mask, np.ndarray) and mask.all():  # known without waiting for anything
+        return new
+    apart = tensor(mask)
 
     def choose(fresh: Tensor, kept: Tensor) -> Tensor:
         if fresh is kept:
             return kept
-        return torch.where(mask.reshape(mask.shape + (1,) * (kept.dim() - 1)), fresh, kept)
+        if isinstance(kept, np.ndarray):
+            return cast(Tensor, np.where(np.reshape(mask, mask.shape + (1,) * (kept.ndim - 1)), fresh, kept))
+        return torch.where(apart.reshape(apart.shape + (1,) * (kept.dim() - 1)), fresh, kept)
 
     return tree_map(choose, new, old)
 
@@ -116,15 +136,28 @@ def all_finite(tree: Any) -> Tensor:
     Raises:
         ValueError: The tree holds no tensor.
     """
-    if isinstance(tree, Tensor):
-        return torch.isfinite(tree if tree.dim() == 1 else tree.flatten(1).sum(1))
-    parts = [all_finite(leaf) for leaf in tree or () if leaf is not None]
-    if not parts:
+    total = _summed(tree)
+    if total is None:
         raise ValueError("a tree without tensors has no samples to judge.")
-    result = parts[0]
-    for part in parts[1:]:
-        result = result & part
-    return result
+    return cast(Tensor, np.isfinite(total)) if isinstance(total, np.ndarray) else torch.isfinite(total)
+
+
+def _summed(tree: Any) -> Tensor | None:
+    """(B,) the sum of all numbers of a sample, an array if one of the leaves is."""
+    if isinstance(tree, Tensor):
+        return tree if tree.dim() == 1 else tree.flatten(1).sum(1)
+    if isinstance(tree, np.ndarray):
+        return cast(Tensor, tree if tree.ndim == 1 else tree.reshape(len(tree), -1).sum(1))
+    total = None
+    for leaf in tree or ():
+        part = _summed(leaf)
+        if total is None or part is None:
+            total = part if total is None else total
+        elif isinstance(total, np.ndarray) or isinstance(part, np.ndarray):
+            total = cast(Tensor, np.asarray(total) + np.asarray(part))
+        else:
+            total = total + part
+    return total
 
 
 def flatten(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     target(s, s_end, state) -> s1                                   ends exactly on s_end
     judge(term, solver, proposal, before, s_end, state) -> Verdict
 
-`Nats` spends a budget of log density; `PID` holds the error of the state below a tolerance; `FixedGrid` accepts
+`Nats` spends a budget of log density; `PID` (pid.py) holds the error of the state below a tolerance; `FixedGrid` accepts
 whatever its grid gives. No sample's verdict looks at another sample, and nothing branches on a tensor.
 """
 
@@ -19,6 +19,20 @@ import torch
 from torch import Tensor
 
 from ._checks import require_count, require_positive
+from ._numbers import (
+    at_least,
+    at_most,
+    between,
+    exp,
+    exp2,
+    floor,
+    isfinite,
+    log2,
+    power,
+    real,
+    sqrt,
+    where,
+)
 from .solver.base import Proposal, Solver, estimated_order
 from .terms import Term, in_all
 
@@ -47,7 +61,7 @@ def on_lattice(length: Tensor) -> Tensor:
     of this size, is amplified a million times and would go into the step. Lengths on a lattice do not see it, so a
     sample takes the same steps in every batch. Costs half a percent of step.
     """
-    return torch.exp2(torch.floor(64.0 * torch.log2(length)) / 64.0)
+    return exp2(floor(64.0 * log2(length)) / 64.0)
 
 
 class Controller(ABC):
@@ -202,99 +216,36 @@ class Nats(Controller):
 
     def target(self, s: Tensor, s_end: Tensor, state: NatsState) -> Tensor:
         rest = s_end - s
-        step = torch.where(state.step > 0.5 * rest, 0.5 * rest, state.step)
-        return torch.where(state.step >= rest, s_end, s + step)
+        step = where(state.step > 0.5 * rest, 0.5 * rest, state.step)
+        return where(state.step >= rest, s_end, s + step)
 
     def judge(
         self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: NatsState
     ) -> Verdict:
         length = step.s1 - step.s0
         calls = state.calls + solver.evaluations
-        beyond = calls > torch.where(state.rejected >= self._ROUGH, self.cap, self._PATIENCE * self.cap)
+        beyond = calls > where(state.rejected >= self._ROUGH, self.cap, self._PATIENCE * self.cap)
         over = state.over + solver.evaluations * beyond
-        cost = term.nats(proposal.error, proposal.aux) * (1.0 + min(self._MOST_DOUBT, self.doubt * self.tolerance))
-        allowed = torch.maximum(self.tolerance - state.spent, torch.full_like(cost, 0.1 * self.tolerance))
-        share = (length / (s_end - step.s0)).clamp(max=1.0)
-        ratio = cost / (allowed * (share / self._STEPS).sqrt())
-        relaxed = torch.exp(-math.log(4.0) * (over // self._RELAX_EVERY).double())
-        ratio = ratio * relaxed * torch.where(proposal.settled, 1.0, self._RAMP)
-        finite = torch.isfinite(ratio) & step.finite
+        found = term.nats(proposal.error, proposal.aux) if proposal.cost is None else proposal.cost
+        cost = found * (1.0 + min(self._MOST_DOUBT, self.doubt * self.tolerance))
+        allowed = at_least(self.tolerance - state.spent, 0.1 * self.tolerance)
+        share = at_most(length / (s_end - step.s0), 1.0)
+        ratio = cost / (allowed * sqrt(share / self._STEPS))
+        relaxed = exp(-math.log(4.0) * real(over // self._RELAX_EVERY))
+        ratio = ratio * relaxed * where(proposal.settled, 1.0, self._RAMP)
+        finite = isfinite(ratio) & step.finite
         at_floor = length <= 1.001 * self._FLOOR  # of s1 - s0, which is rounded
         accept = finite & ((ratio <= 2.0) | at_floor)
-        power = -1.0 / (estimated_order(solver, proposal) + 0.5)
-        factor = torch.where(finite, 0.8 * ratio.pow(power), 0.0)
-        factor = torch.where(accept, factor.clamp(0.3, self.growth), factor.clamp(0.1, 0.7))
-        following = on_lattice(length * factor).clamp(self._FLOOR, self.ceiling)
-        booked = cost * torch.where(proposal.settled, 1.0, self._RAMP_SPENT) * torch.where(beyond, 3.0, 1.0)
-        spent = torch.where(accept, state.spent + booked, state.spent)
+        exponent = -1.0 / (estimated_order(solver, proposal) + 0.5)
+        factor = where(finite, 0.8 * power(ratio, exponent), 0.0)
+        factor = where(accept, between(factor, 0.3, self.growth), between(factor, 0.1, 0.7))
+        following = between(on_lattice(length * factor), self._FLOOR, self.ceiling)
+        booked = cost * where(proposal.settled, 1.0, self._RAMP_SPENT) * where(beyond, 3.0, 1.0)
+        spent = where(accept, state.spent + booked, state.spent)
         lost = term.rounding(length, step.z, proposal.z, proposal.aux)
-        rounded = state.rounded + torch.where(accept[:, None], lost, 0.0)
+        rounded = state.rounded + where(accept[:, None], lost, 0.0)
         state = NatsState(following, spent, calls, state.rejected + ~accept, over, rounded)
         return Verdict(accept, state, ~finite & at_floor)
 
     def spent(self, state: NatsState) -> tuple[Tensor, Tensor]:
         return state.spent, in_all(state.rounded)
-
-
-class PIDState(NamedTuple):
-    """(B,) next step length (signed); (B,) the last accepted step's error ratio."""
-
-    step: Tensor
-    ratio: Tensor
-
-
-@dataclass(frozen=True)
-class PID(Controller):
-    """Steps that hold the root-mean-square of error / (atol + rtol |z|) below 1, per sample.
-
-    Args:
-        rtol: Relative tolerance, >= 0.
-        atol: Absolute tolerance in the term's coordinates, >= 0; not both 0.
-        first: The first step, as a share of the way, in (0, 1].
-        floor: Smallest step, as a share of the way; a sample that cannot make it fails.
-        proportional: Exponent share of the last ratio (0: integral control only).
-    """
-
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    first: float = 0.01
-    floor: float = 1e-10
-    proportional: float = 0.4
-
-    def __post_init__(self) -> None:
-        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value!r}; a finite number of at least 0 is needed.")
-        if self.rtol == 0 and self.atol == 0:
-            raise ValueError("rtol=0, atol=0; at least one must be above 0.")
-        if not (0 < self.floor < self.first <= 1):
-            raise ValueError(f"first={self.first!r}, floor={self.floor!r}; 0 < floor < first <= 1 is needed.")
-
-    def start(self, term: Term, s0: Tensor, s_end: Tensor) -> PIDState:
-        return PIDState(self.first * (s_end - s0), torch.ones_like(s0))
-
-    def target(self, s: Tensor, s_end: Tensor, state: PIDState) -> Tensor:
-        rest = s_end - s
-        step = torch.where(state.step.abs() > 0.5 * rest.abs(), 0.5 * rest, state.step)
-        return torch.where(state.step.abs() >= rest.abs(), s_end, s + step)
-
-    def judge(
-        self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: PIDState
-    ) -> Verdict:
-        error, old, new = (term.watched(part) for part in (proposal.error, step.z, proposal.z))
-        scale = self.atol + self.rtol * torch.maximum(old.abs(), new.abs())
-        # Where atol is 0 and a coordinate stays 0, its error is 0 too.
-        ratio = torch.where(error == 0, 0.0, error / scale).square().mean(1, dtype=torch.float64).sqrt()
-        finite = torch.isfinite(ratio) & step.finite
-        accept = finite & (ratio <= 1.0)
-        power = 1.0 / (estimated_order(solver, proposal) + 1.0)
-        safe = ratio.clamp(min=1e-10)
-        factor = (
-            0.9 * safe.pow(-power * (1.0 - 0.5 * self.proportional)) * state.ratio.pow(0.5 * self.proportional * power)
-        )
-        factor = torch.where(finite, factor, 0.0)
-        factor = torch.where(accept, factor.clamp(0.2, 5.0), factor.clamp(0.1, 0.9))
-        length = step.s1 - step.s0
-        following = torch.sign(length) * on_lattice(length.abs() * factor)
-        small = following.abs() < self.floor * (s_end - step.s0).abs()
-        return Verdict(accept, PIDState(following, torch.where(accept, safe, state.ratio)), ~accept & small)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._checks import is_own, require_count, require_positive
-from ._tensor import there
+from ._numbers import beside, between, exp, log1p, searchsorted, square
 from .sde.base import SDE
 
 _SPREAD = 2.0  # the saturating half turns at sigma/alpha = 2 sd ...
@@ -57,10 +57,10 @@ class MixedTime:
 
     def _both(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """s and ds/dq at q; d/dq of -log(1 + a/r), r = rho + b, is a rho / (r (r + a))."""
-        rho, wide = q.exp(), _SPREAD * self.data_std
+        rho, wide = exp(q), _SPREAD * self.data_std
         ratio = wide / (rho + _FLOOR * self.data_std)
-        position = self._scale_log * (q - self._low) - self._scale_sat * (torch.log1p(ratio) + self._base)
-        return position, self._scale_log + self._scale_sat * rho * ratio.square() / (wide * (1.0 + ratio))
+        position = self._scale_log * (q - self._low) - self._scale_sat * (log1p(ratio) + self._base)
+        return position, self._scale_log + self._scale_sat * rho * square(ratio) / (wide * (1.0 + ratio))
 
     def position(self, q: Tensor) -> Tensor:
         """s in [0, 1], upward, at q = log(sigma/alpha), float64, the shape of `q`."""
@@ -73,13 +73,13 @@ class MixedTime:
     def log_ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """q = log(sigma/alpha) at `s` and dq/ds there, by a table and one Newton step, without a branch."""
         s = 1.0 - s if self.downward else s
-        table_s, table_q = there(self._table_s, s.device), there(self._table_q, s.device)
-        right = torch.searchsorted(table_s, s.contiguous()).clamp_(1, _TABLE - 1)
+        table_s, table_q = beside(self._table_s, s), beside(self._table_q, s)
+        right = between(searchsorted(table_s, s), 1, _TABLE - 1)
         left_s = table_s[right - 1]
         q = table_q[right - 1] + self._spacing * (s - left_s) / (table_s[right] - left_s)
         here, slope = self._both(q)
         q = q - (here - s) / slope
-        rate = self._both(q)[1].reciprocal()
+        rate = 1.0 / self._both(q)[1]
         return q, -rate if self.downward else rate
 
     def coordinate(self, t: Tensor) -> Tensor:

@@ -62,9 +62,10 @@ def _numbers(
     here, depths = torch.arange(count, device="cpu"), torch.arange(depth + 1, device="cpu")
     back, entered = here[:, None] - depths, here[1:]  # (n + 1, K + 1): the node i before each
     valid = depths[:-1] < entered[:, None]
-    terms = entered.clamp(max=depth)
+    known = entered.clamp(max=depth)
+    formula = Formula(known, known, False, torch.ones_like(entered, dtype=torch.bool))
     past = torch.where(valid, s[back[:-1, :-1].clamp(min=0)], 0.0)
-    weights = stacked(past, Formula(valid, terms, (terms,), torch.ones_like(entered, dtype=torch.bool)), s[:-1], s[1:])
+    weights = stacked(past, formula, s[:-1], s[1:])
     predict, correct, error = s.new_zeros(3, count, depth + 1).unbind(0)
     predict[1:, :-1], correct[1:], error[1:] = weights.predict, weights.correct[:, 0], weights.correct[:, 1]
     after = correct.clone()

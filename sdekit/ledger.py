@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._numbers import alike, at_least, cat, ones_like, real, square, where, zeros_like
 from .divergence import Law
 
 
@@ -117,7 +118,7 @@ def _node_variance(
     law: Law, dim: int, probes: int, size: Tensor, trace: Tensor, before: _Neighbour, after: _Neighbour
 ) -> Tensor:
     """Variance of one node's estimate from its own probe's size and trace, and its neighbours."""
-    count = (before.present + after.present).clamp(min=1.0)
+    count = at_least(before.present + after.present, 1.0)
     around = (before.present * before.trace + after.present * after.trace) / count
     if law == "gaussian":
         variance = 2.0 * size
@@ -127,7 +128,7 @@ def _node_variance(
         # Without the multiple a of the identity, which has no variance, estimated by the neighbours alone.
         shift = dim * around * around
         length = size - 2.0 * dim * around * trace + shift
-        diagonal = torch.zeros_like(size)
+        diagonal = zeros_like(size)
         for near in (before, after):
             diagonal = diagonal + near.present * (near.link - dim * around * (trace + near.trace) + shift)
         variance = 2.0 * (length - diagonal / count)
@@ -146,14 +147,14 @@ def post(ledger: Ledger, entry: Note, weights: Tensor, count: Tensor, law: Law, 
         probes: How many a node's estimate averages.
     """
     depth, dim = ledger.weight.shape[1], ledger.mark.shape[1]
-    link = (entry.mark * ledger.mark).sum(1, dtype=torch.float64) * (count > 0)
-    weight = torch.cat((weights[:, :1], ledger.weight + weights[:, 1:]), 1)
-    size = torch.cat((entry.size[:, None], ledger.size), 1)
-    trace = torch.cat((entry.trace[:, None], ledger.trace), 1)
-    links = torch.cat((link[:, None], ledger.link), 1)
+    link = alike((entry.mark * ledger.mark).sum(1, dtype=torch.float64), count) * (count > 0)
+    weight = cat((weights[:, :1], ledger.weight + weights[:, 1:]), 1)
+    size = cat((entry.size[:, None], ledger.size), 1)
+    trace = cat((entry.trace[:, None], ledger.trace), 1)
+    links = cat((link[:, None], ledger.link), 1)
     full = count >= depth
-    before = _Neighbour((ledger.settled > 0).double(), ledger.last, links[:, depth])
-    after = _Neighbour(torch.ones_like(link), trace[:, depth - 1], links[:, depth - 1])
+    before = _Neighbour(real(ledger.settled > 0), ledger.last, links[:, depth])
+    after = _Neighbour(ones_like(link), trace[:, depth - 1], links[:, depth - 1])
     variance = _node_variance(law, dim, probes, size[:, depth], trace[:, depth], before, after)
     return Ledger(
         weight[:, :depth],
@@ -161,9 +162,9 @@ def post(ledger: Ledger, entry: Note, weights: Tensor, count: Tensor, law: Law, 
         trace[:, :depth],
         links[:, :depth],
         entry.mark,
-        torch.where(full, trace[:, depth], ledger.last),
+        where(full, trace[:, depth], ledger.last),
         ledger.settled + full,
-        ledger.variance + torch.where(full, weight[:, depth].square() * variance, 0.0),
+        ledger.variance + where(full, square(weight[:, depth]) * variance, 0.0),
     )
 
 

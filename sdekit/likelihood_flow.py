@@ -25,7 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._tensor import column, dot, flatten
+from ._checks import is_own
+from ._numbers import alike, cat, exp, maximum, sqrt, square, stack, zeros_like
+from ._tensor import column, dot, flatten, tensor
 from .divergence import Divergence, FieldValue, Hutchinson
 from .grid import MixedTime, mixed_time
 from .ledger import Note, note
@@ -103,6 +105,8 @@ class LikelihoodFlow(Term):
         self._variance = model.data_std**2
         self._fixed: Tensor | None = None
         self._redraws = False
+        meaning = model.parameterization  # what users wrote is given tensors
+        self._own = type(model) is ScoreModel and all(map(is_own, (model.sde, meaning, meaning.label)))
 
     @property
     def has_density(self) -> bool:
@@ -173,27 +177,27 @@ class LikelihoodFlow(Term):
     def node(self, s: Tensor) -> Node:
         """What the field is made of at `s` (B,)."""
         q, rate = self.mixed.log_ratio(s)
-        sde, rho = self.model.sde, q.exp()
-        t = sde.clamp(sde.time_at(-q))
-        alpha = sde.alpha(t)
-        c2 = self._variance + rho.square()
-        c = c2.sqrt()
+        sde, rho = self.model.sde, exp(q)
+        t = sde.clamp(sde.time_at(-q if self._own else tensor(-q)))
+        alpha = alike(sde.alpha(t), s)
+        c2 = self._variance + square(rho)
+        c = sqrt(c2)
         k = rho / c
-        mine = self.model.parameterization.mix(sde, t)
+        mine = Mix(*(alike(weight, s) for weight in self.model.parameterization.mix(sde, t)))
         pull = rate * k / c2
-        target = Mix(torch.stack((-rho * pull, torch.zeros_like(k))), torch.stack((self._variance * pull, -1.0 / k)))
+        target = Mix(stack((-rho * pull, zeros_like(k)), 0), stack((self._variance * pull, -1.0 / k), 0))
         return Node(t, alpha * c, *conversion(alpha, rho * alpha, mine, target))
 
     def evaluate(self, s: Tensor, z: FlowState, node: Tensor) -> Evaluation:
         t, scale, of_x, of_output = self.node(s)
         x = z.u * column(scale, z.u)
         out, traces, product, notes = self._network(x, t, node, of_output[0] * scale)
-        du, gradient = of_x.to(x.dtype)[:, :, None] * x + of_output.to(x.dtype)[:, :, None] * out
+        du, gradient = tensor(of_x, x.dtype)[:, :, None] * x + tensor(of_output, x.dtype)[:, :, None] * out
         log_det = traces + (of_x[0] * scale * x.shape[1])[:, None]
         coarse = None
         if self.has_density and (network := torch.finfo(self.model.network_dtype(x)).eps) > torch.finfo(x.dtype).eps:
             own = gradient * column(of_output[0], out) * out
-            coarse = _COARSER * network * (dot(own, own) + traces[:, 0].square()).sqrt()
+            coarse = _COARSER * network * sqrt(alike(dot(own, own), s) + square(traces[:, 0]))
         # J' v of the whole field is the network's plus a multiple of v, which has no variance: left out of `product`.
         return Evaluation(FlowState(du, log_det, product), Aux(gradient, notes, coarse))
 
@@ -202,19 +206,19 @@ class LikelihoodFlow(Term):
     ) -> tuple[Tensor, Tensor, Tensor | None, Note | None]:
         """Output (B, D), traces (B, C) and fixed-probe product of `jacobian` (B,) times the network's Jacobian."""
         if self.divergence is None:
-            out = self._field(x, t)
-            return out, torch.zeros(x.shape[0], 0, dtype=torch.float64, device=x.device), None, None
-        probes = self._probes(x, node)
+            return self._field(x, t), jacobian[:, None][:, :0], None, None
+        probes = self._probes(x, tensor(node))
         out, traces, products = self._ask(x, t, probes)
-        traces = traces * jacobian[:, None]
+        traces = alike(traces, jacobian) * jacobian[:, None]
         if probes is None or products is None or not isinstance(self.divergence, Hutchinson):
             return out, traces, None, None
         products = products * column(jacobian, products)
         if self.fresh:
             count = self.divergence.probes
             if self.divergence.control:
-                traces = torch.cat((traces[:, :count], traces[:, count:].mean(1, keepdim=True)), 1)
-            return out, traces, None, note(probes[:count], products[:, :count])
+                traces = cat((traces[:, :count], traces[:, count:].mean(1)[:, None]), 1)
+            kept = note(probes[:count], products[:, :count])
+            return out, traces, None, Note(alike(kept.size, traces), alike(kept.trace, traces), kept.mark)
         return out, traces, products[:, 0] if self.keeps_product else None, None
 
     def _probes(self, x: Tensor, node: Tensor) -> Tensor | None:
@@ -237,7 +241,7 @@ class LikelihoodFlow(Term):
         return self.divergence.evaluate(lambda state: self._field(state, t), x, probes)
 
     def watched(self, z: FlowState) -> Tensor:
-        return z.u if self.fresh else torch.cat((z.u.double(), z.log_det), 1)
+        return z.u if self.fresh else torch.cat((z.u.double(), tensor(z.log_det)), 1)
 
     def nats(self, error: FlowState, aux: Aux) -> Tensor:
         gradient = aux.gradient
@@ -248,19 +252,18 @@ class LikelihoodFlow(Term):
         if self.fresh and self.channels == self.values:
             # Fresh noise must not steer the path: without a control probe only the norms are at hand.
             steep, large = (part.square().sum(-1, dtype=torch.float64).sqrt() for part in (gradient, error.u))
-            return least * steep * large
-        in_u = (gradient * error.u).sum(-1, dtype=torch.float64)
+            return alike(least * steep * large, error.log_det)
+        in_u = alike((gradient * error.u).sum(-1, dtype=torch.float64), error.log_det)
         in_l = error.log_det[..., -1] if self.fresh else error.log_det.mean(-1)
-        return torch.maximum((in_u + in_l).abs(), least * (in_u.abs() + in_l.abs()))
+        return maximum(abs(in_u + in_l), least * (abs(in_u) + abs(in_l)))
 
     def rounding(self, length: Tensor, before: FlowState, after: FlowState, aux: Aux) -> Tensor:
         gradient = aux.gradient
         if gradient is None:
             raise TypeError("a LikelihoodFlow without a divergence carries no density; its rounding costs no nats.")
-        gained = (after.log_det - before.log_det)[:, 0].square()
         # Each coordinate is rounded by itself; the trace is a sum of D numbers.
-        square = (_ROUNDING * torch.finfo(before.u.dtype).eps) ** 2 * (
-            dot(gradient * before.u, gradient * before.u) + gained
-        )
-        alike = torch.zeros_like(square) if aux.coarse is None else length.abs() * aux.coarse
-        return torch.stack((square, alike), 1)
+        in_u = alike(dot(gradient * before.u, gradient * before.u), length)
+        gained = square((after.log_det - before.log_det)[:, 0])
+        apart = (_ROUNDING * torch.finfo(before.u.dtype).eps) ** 2 * (in_u + gained)
+        together = zeros_like(apart) if aux.coarse is None else abs(length) * aux.coarse
+        return stack((apart, together), 1)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._numbers import where
 from ._tensor import all_finite, select
 from .brownian import BrownianPath
 from .controller import Controller, Step
@@ -71,26 +72,26 @@ def advance(problem: Problem, carry: Carry) -> Carry:
     term, solver, controller, s_end, path, budget = problem
     running = carry.status == Status.RUNNING
     ready = solver.ready(carry.memory)
-    s1 = torch.where(running, controller.target(carry.s, s_end, carry.control), carry.s)
+    s1 = where(running, controller.target(carry.s, s_end, carry.control), carry.s)
     proposal = solver.propose(term, carry.s, s1, carry.z, carry.memory, path)
     finite = all_finite(proposal.z)
     verdict = controller.judge(term, solver, proposal, Step(carry.s, s1, carry.z, finite), s_end, carry.control)
     accept, failed, judged, reached = verdict.accept, verdict.failed, running, s1
     if ready is not None:  # a start in place is not a step: nothing to judge but whether it is finite
-        accept, failed = torch.where(ready, accept, finite), torch.where(ready, failed, ~finite)
-        judged, reached = running & ready, torch.where(ready, s1, carry.s)
+        accept, failed = where(ready, accept, finite), where(ready, failed, ~finite)
+        judged, reached = running & ready, where(ready, s1, carry.s)
     accept, failed = accept & running, failed & running
     evaluations = carry.evaluations + running * solver.evaluations
-    status = torch.where(accept & (reached == s_end), int(Status.DONE), carry.status)
-    failure = torch.where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
-    status = torch.where(failed, failure, status)
+    status = where(accept & (reached == s_end), int(Status.DONE), carry.status)
+    failure = where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
+    status = where(failed, failure, status)
     spent = (status == Status.RUNNING) & (evaluations + solver.evaluations > budget)
     return Carry(
-        torch.where(accept, reached, carry.s),
+        where(accept, reached, carry.s),
         select(accept, proposal.z, carry.z),
         select(accept, proposal.memory, carry.memory),
         select(judged, verdict.state, carry.control),
-        torch.where(spent, int(Status.BUDGET), status),
+        where(spent, int(Status.BUDGET), status),
         evaluations,
         carry.accepted + (accept & judged),
         carry.rejected + (judged & ~accept),

@@ -13,15 +13,21 @@ from __future__ import annotations
 import warnings
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._tensor import leaves, rebuilt
+from ._numbers import to_host
+from ._tensor import leaves, rebuilt, tensor, tree_map
 from .captured import Captured
 from .compiled import compiled, run
+from .controller import Nats
 from .errors import SdekitWarning
+from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem, advance, still_running
 from .parts import CannotCompileError, own_parts
+from .pid import PID
+from .solver.adams import Adams
 from .solver.base import batch_of
 from .tracing import Program
 
@@ -92,18 +98,39 @@ def _fewer(needed: int, now: int) -> int:
     return needed if now >= _COMPACT_LEAST and needed < _COMPACT_SHARE * now else now
 
 
+def hosted(problem: Problem, carry: Carry) -> tuple[Problem, Carry]:
+    """The same with the samples' numbers on the host, where a step that is made operation by operation takes them so.
+
+    A CPU's do, of a LikelihoodFlow by `Adams`: the default likelihood, and adaptive sampling and encoding.
+    """
+    z, memory = carry.z, carry.memory
+    on_cpu = carry.s.device.type == "cpu" and carry.s.numel() > 0 and not torch.is_grad_enabled()
+    known = type(problem.term) is LikelihoodFlow and type(problem.solver) is Adams
+    if not (on_cpu and known and type(problem.controller) in (Nats, PID)):
+        return problem, carry
+    arrays = to_host((carry, problem.s_end))
+    there = arrays[0]
+    slopes, ledger = memory.slopes, memory.ledger
+    state = there.z._replace(u=z.u, product=z.product)
+    slopes = there.memory.slopes._replace(u=slopes.u, product=slopes.product)
+    kept = None if ledger is None else there.memory.ledger._replace(mark=ledger.mark)
+    memory = there.memory._replace(slopes=slopes, ledger=kept)
+    return problem._replace(s_end=arrays[1]), there._replace(z=state, memory=memory)
+
+
 class Eager:
     """Operation by operation."""
 
     def enter(self, problem: Problem, carry: Carry) -> None:
-        self._problem, self._carry = problem, carry
+        self._problem, self._carry = hosted(problem, carry)
 
     def advance(self) -> Tensor:
-        self._carry = advance(self._problem, self._carry)
-        return still_running(self._carry)
+        with np.errstate(all="ignore"):  # what is not finite is judged, sample by sample
+            self._carry = advance(self._problem, self._carry)
+            return still_running(self._carry)
 
     def carry(self) -> Carry:
-        return self._carry
+        return tree_map(tensor, self._carry)
 
     def size(self, needed: int, now: int) -> int:
         return _fewer(needed, now)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdekit
-from sdekit.controller import NatsState, PIDState, Step
+from sdekit.controller import NatsState, Step
+from sdekit.pid import PIDState
 from sdekit.solver.base import Proposal
 from sdekit.terms import NO_AUX
 

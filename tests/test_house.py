@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sdekit"
 ORDER = [
     "errors",
     "_tensor",
+    "_numbers",
     "_checks",
     "_random",
     "_interrupt",
@@ -59,6 +60,7 @@ ORDER = [
     "solver.predictor_corrector",
     "solver.langevin",
     "controller",
+    "pid",
     "_fit",
     "budget",
     "solution",

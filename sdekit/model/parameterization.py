@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .._checks import require_positive
+from .._numbers import exp, full_like, hypot, ones_like, zeros_like
 from .._tensor import constant
 from ..sde.base import SDE
 
@@ -136,7 +137,7 @@ class Noise(Parameterization):
     """The network predicts the noise eps."""
 
     def mix(self, sde: SDE, t: Tensor) -> Mix:
-        return Mix(torch.zeros_like(t), torch.ones_like(t))
+        return Mix(zeros_like(t), ones_like(t))
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Score(Parameterization):
     """The network predicts the score grad log p_t(x) = -eps / sigma."""
 
     def mix(self, sde: SDE, t: Tensor) -> Mix:
-        return Mix(torch.zeros_like(t), -torch.exp(-sde.log_sigma(t)))
+        return Mix(zeros_like(t), -exp(-sde.log_sigma(t)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Data(Parameterization):
     """The network predicts the denoised data x0."""
 
     def mix(self, sde: SDE, t: Tensor) -> Mix:
-        return Mix(torch.ones_like(t), torch.zeros_like(t))
+        return Mix(ones_like(t), zeros_like(t))
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,12 @@ class EDM(Parameterization):
         require_positive("sigma_data", self.sigma_data)
 
     def mix(self, sde: SDE, t: Tensor) -> Mix:
-        rho = torch.exp(-sde.half_log_snr(t))
-        norm = torch.hypot(rho, torch.full_like(rho, self.sigma_data))
+        rho = exp(-sde.half_log_snr(t))
+        norm = hypot(rho, full_like(rho, self.sigma_data))
         return Mix(rho / (self.sigma_data * norm), -self.sigma_data / norm)
 
     def input_scale(self, sde: SDE, t: Tensor) -> Tensor:
-        return torch.hypot(sde.sigma(t), self.sigma_data * sde.alpha(t)).reciprocal()
+        return 1.0 / hypot(sde.sigma(t), self.sigma_data * sde.alpha(t))
 
 
 def noise(label: Label = TimeLabel()) -> Noise:

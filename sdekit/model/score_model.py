@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_batch, require_positive
-from .._tensor import column
+from .._tensor import column, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
@@ -176,7 +176,10 @@ class ScoreModel(nn.Module):
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
         try:  # what has the type already is not asked to take it: that costs as much as a small operation
-            seen, level = x if x.dtype is dtype else x.to(dtype), label if label.dtype is dtype else label.to(dtype)
+            seen, level = (
+                x if x.dtype is dtype else x.to(dtype),
+                label if label.dtype is dtype else tensor(label, dtype),
+            )
             out = self.net(seen, level, **self.bound)
         except Exception as error:
             raise _raised(error, x) from error

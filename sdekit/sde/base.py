@@ -19,16 +19,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._checks import require_batch, require_positive
+from .._numbers import between, exp, on_host, sqrt
 from .._tensor import column, flatten
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """`t` as a float64 tensor of the same shape."""
+    """`t` as a float64 tensor of the same shape; float64 numbers on the host (_numbers.py) stay there."""
+    if on_host(t) and t.dtype == np.float64:  # type: ignore[union-attr]
+        return cast(Tensor, t)
     return torch.as_tensor(t, dtype=torch.float64)
 
 
@@ -69,11 +74,11 @@ class SDE(ABC):
 
     def alpha(self, t: Tensor | float) -> Tensor:
         """The scale alpha(t) of the data in x_t, float64, the shape of `t`."""
-        return self.log_alpha(t).exp()
+        return exp(self.log_alpha(t))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """The standard deviation sigma(t) of the noise in x_t, float64, the shape of `t`."""
-        return self.log_sigma(t).exp()
+        return exp(self.log_sigma(t))
 
     def half_log_snr(self, t: Tensor | float) -> Tensor:
         """lambda(t) = log(alpha/sigma), float64: half of Kingma's log signal-to-noise ratio."""
@@ -89,7 +94,7 @@ class SDE(ABC):
 
     def diffusion(self, t: Tensor | float) -> Tensor:
         """g(t) > 0 of the noise g(t) dw, float64, the shape of `t`."""
-        return self.sigma(t) * (-2.0 * self.dhalf_log_snr(t)).sqrt()
+        return self.sigma(t) * sqrt(-2.0 * self.dhalf_log_snr(t))
 
     def perturb(self, x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
         """A sample of x_t given x_0: alpha(t) x0 + sigma(t) noise.
@@ -150,7 +155,7 @@ class SDE(ABC):
 
     def clamp(self, t: Tensor) -> Tensor:
         """`t` within [t_min, t_max]: rounding must not carry a network outside of the times it knows."""
-        return t.clamp(self.t_min, self.t_max)
+        return between(t, self.t_min, self.t_max)
 
 
 def check_beta_range(beta_min: float, beta_max: float) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .._checks import require_positive, require_times
+from .._numbers import exp, full_like, log, zeros_like
 from .base import SDE, as_time
 
 
@@ -53,16 +53,16 @@ class VESDE(SDE):
         return self.sigma_min * math.exp(self._rate * self.t_max)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(as_time(t))
+        return zeros_like(as_time(t))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(as_time(t))
+        return zeros_like(as_time(t))
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
         return math.log(self.sigma_min) + self._rate * as_time(t)
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        return torch.full_like(as_time(t), self._rate)
+        return full_like(as_time(t), self._rate)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         return (-as_time(half_log_snr) - math.log(self.sigma_min)) / self._rate
@@ -105,16 +105,16 @@ class KarrasSDE(SDE):
         return self.t_max
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(as_time(t))
+        return zeros_like(as_time(t))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(as_time(t))
+        return zeros_like(as_time(t))
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
-        return as_time(t).log()
+        return log(as_time(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        return as_time(t).reciprocal()
+        return 1.0 / as_time(t)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
-        return torch.exp(-as_time(half_log_snr))
+        return exp(-as_time(half_log_snr))

@@ -21,17 +21,34 @@ import torch
 from torch import Tensor
 
 from .._checks import require_count, require_times
-from .._tensor import there
+from .._numbers import (
+    asinh,
+    atan2,
+    beside,
+    between,
+    exp,
+    expm1,
+    floor,
+    log,
+    log1p,
+    logaddexp,
+    searchsorted,
+    sin,
+    sqrt,
+    tan,
+    whole,
+    zeros_like,
+)
 from .base import SDE, as_time, check_beta_range
 
 
 def _log_sigma_vp(log_alpha: Tensor) -> Tensor:
-    return 0.5 * torch.log(-torch.expm1(2.0 * log_alpha))
+    return 0.5 * log(-expm1(2.0 * log_alpha))
 
 
 def _log_alpha_at(half_log_snr: Tensor) -> Tensor:
     """log alpha of a variance-preserving process: alpha^2 = sigmoid(2 lambda)."""
-    return -0.5 * torch.logaddexp(torch.zeros_like(half_log_snr), -2.0 * half_log_snr)
+    return -0.5 * logaddexp(zeros_like(half_log_snr), -2.0 * half_log_snr)
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ class _LinearBeta(SDE):
 
     def _time_of_integral(self, integral: Tensor) -> Tensor:
         # The rationalised root: (-b0 + sqrt(..)) / (b1 - b0) cancels where the integral is small.
-        root = (self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * integral).sqrt()
+        root = sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * integral)
         return 2.0 * integral / (self.beta_min + root)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
@@ -83,7 +100,7 @@ class VPSDE(_LinearBeta):
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
         time = as_time(t)
-        return 0.5 * self._beta(time) / torch.expm1(self._integral(time))
+        return 0.5 * self._beta(time) / expm1(self._integral(time))
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         return self._time_of_integral(-2.0 * _log_alpha_at(as_time(half_log_snr)))
@@ -103,15 +120,15 @@ class SubVPSDE(_LinearBeta):
     """
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
-        return torch.log(-torch.expm1(2.0 * self.log_alpha(t)))
+        return log(-expm1(2.0 * self.log_alpha(t)))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
         time = as_time(t)
-        return self._beta(time) / torch.expm1(self._integral(time))
+        return self._beta(time) / expm1(self._integral(time))
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         # sigma/alpha = e^{B/2} - e^{-B/2} = 2 sinh(B/2)
-        return self._time_of_integral(2.0 * torch.asinh(0.5 * torch.exp(-as_time(half_log_snr))))
+        return self._time_of_integral(2.0 * asinh(0.5 * exp(-as_time(half_log_snr))))
 
 
 @dataclass(frozen=True)
@@ -148,30 +165,30 @@ class CosineVPSDE(SDE):
     def log_alpha(self, t: Tensor | float) -> Tensor:
         # cos u / cos u_0 by its logarithm; near t = 0 log1p of the difference keeps the digits that log loses.
         turn = self._rate * as_time(t)
-        drop = -2.0 * torch.sin(0.5 * turn) * torch.sin(self._start + 0.5 * turn) / math.cos(self._start)
-        return torch.log1p(drop)
+        drop = -2.0 * sin(0.5 * turn) * sin(self._start + 0.5 * turn) / math.cos(self._start)
+        return log1p(drop)
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
         # sigma^2 cos^2 u_0 = sin(u - u_0) sin(u + u_0)
         turn = self._rate * as_time(t)
-        squared = torch.sin(turn) * torch.sin(turn + 2.0 * self._start)
-        return 0.5 * squared.log() - math.log(math.cos(self._start))
+        squared = sin(turn) * sin(turn + 2.0 * self._start)
+        return 0.5 * log(squared) - math.log(math.cos(self._start))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return -self._rate * torch.tan(self._start + self._rate * as_time(t))
+        return -self._rate * tan(self._start + self._rate * as_time(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
         # alpha alpha' + sigma sigma' = 0
-        return -torch.exp(2.0 * self.half_log_snr(t)) * self.dlog_alpha(t)
+        return -exp(2.0 * self.half_log_snr(t)) * self.dlog_alpha(t)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         # u - u_0 by the addition theorem: arccos would lose half the digits where t is small.
         snr = as_time(half_log_snr)
         start_sin, start_cos = math.sin(self._start), math.cos(self._start)
-        excess = start_cos**2 * torch.exp(2.0 * _log_alpha_at(-snr))  # sin^2 u - sin^2 u_0
-        sin_u, cos_u = (start_sin**2 + excess).sqrt(), torch.exp(_log_alpha_at(snr)) * start_cos
+        excess = start_cos**2 * exp(2.0 * _log_alpha_at(-snr))  # sin^2 u - sin^2 u_0
+        sin_u, cos_u = sqrt(start_sin**2 + excess), exp(_log_alpha_at(snr)) * start_cos
         sin_turn = excess / (sin_u * start_cos + cos_u * start_sin)
-        return torch.atan2(sin_turn, cos_u * start_cos + sin_u * start_sin) / self._rate
+        return atan2(sin_turn, cos_u * start_cos + sin_u * start_sin) / self._rate
 
 
 @dataclass(frozen=True)
@@ -247,9 +264,9 @@ class TableVPSDE(SDE):
 
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Interpolated log alpha and its slope in t."""
-        knots = there(self._knots, t.device)
+        knots = beside(self._knots, t)
         place = t * len(self.betas) - 1.0
-        left = place.floor().clamp(0, len(self.betas) - 2).long()
+        left = whole(between(floor(place), 0, len(self.betas) - 2))
         slope = knots[left + 1] - knots[left]
         return knots[left] + (place - left) * slope, slope * len(self.betas)
 
@@ -264,11 +281,11 @@ class TableVPSDE(SDE):
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
         value, slope = self._at(as_time(t))
-        return slope * -1.0 / torch.expm1(-2.0 * value)
+        return slope * -1.0 / expm1(-2.0 * value)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         target = _log_alpha_at(as_time(half_log_snr))
-        knots = there(self._knots, target.device)
-        right = torch.searchsorted(-knots, -target.contiguous()).clamp(1, len(self.betas) - 1)
+        knots = beside(self._knots, target)
+        right = between(searchsorted(-knots, -target), 1, len(self.betas) - 1)
         span = knots[right] - knots[right - 1]
         return (right + (target - knots[right - 1]) / span) / len(self.betas)

@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._tensor import column, select, tree_map
+from .._numbers import alike, at_least, between, cat, isnan, log, minimum, on_host, where, whole
+from .._tensor import column, select, tensor, tree_map
 from ..brownian import BrownianPath
 from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
@@ -36,7 +37,7 @@ from ..likelihood_flow import LikelihoodFlow
 from ..terms import Aux, Term
 from .base import Proposal, Solver, batch_of, counters, refuse_noise
 from .newton import MOST_NODES, Formula, by_columns, stacked
-from .start import CORRECTED, Start, held, instead, shares
+from .start import CORRECTED, Start, filled, instead, shares
 
 _FIRST, _LEAST = 4, 2  # terms of an adaptive method: so many when it is settled, and at least
 _KEPT = 0.8  # of a running mean, at each step
@@ -76,7 +77,9 @@ def choose(choice: Choice, entered: Tensor, most: int, costs: Tensor) -> Choice:
         costs: (B, 3) float64 >= 0, what the terms m - 1, m and m + 1 of Newton's sum cost; the last counts only where
             so many nodes are known.
     """
-    ratios = costs.clamp(min=_ROUNDING).log().diff(dim=1).nan_to_num(nan=_MOST).clamp(-_MOST, _MOST)
+    sizes = log(at_least(costs, _ROUNDING))
+    ratios = sizes[:, 1:] - sizes[:, :-1]
+    ratios = between(where(isnan(ratios), _MOST, ratios), -_MOST, _MOST)
     last = _KEPT * choice.last + (1.0 - _KEPT) * ratios[:, 0]
     following = _KEPT * choice.following + (1.0 - _KEPT) * ratios[:, 1]
     settled = entered >= _FIRST
@@ -84,9 +87,9 @@ def choose(choice: Choice, entered: Tensor, most: int, costs: Tensor) -> Choice:
     longer = settled & ~shorter & (choice.terms < most) & (entered > choice.terms) & (following < _LONGER)
     stays = settled & ~shorter & ~longer
     return Choice(
-        choice.terms + longer.long() - shorter.long(),
-        torch.where(stays, last, _ANEW),
-        torch.where(stays, following, torch.where(longer, 0.0, 1.0)),
+        choice.terms + whole(longer) - whole(shorter),
+        where(stays, last, _ANEW),
+        where(stays, following, where(longer, 0.0, 1.0)),
     )
 
 
@@ -191,21 +194,17 @@ class Adams(Solver):
     ) -> Proposal:
         start, depth = self._beginning, self.error_order
         begun = memory.entered >= len(start)
-        s1 = torch.where(begun, s1, s0 + shares(start, memory.entered) * (s1 - s0))
-        valid = held(start, memory.entered, depth)
-        terms = valid.sum(1)
-        if memory.choice is None:
-            single: tuple[Tensor, ...] = (terms,)
-        else:
-            terms = torch.minimum(terms, memory.choice.terms)
-            single = ((terms - 1).clamp(min=0), terms, (terms + 1).clamp(max=depth))
+        s1 = where(begun, s1, s0 + shares(start, memory.entered) * (s1 - s0))
+        known = filled(start, memory.entered, depth)
+        terms = known if memory.choice is None else minimum(known, memory.choice.terms)
         weigh = by_columns if self.columns else stacked
-        predict, correct = weigh(memory.nodes, Formula(valid, terms, single, begun), s0, s1)
+        formula = Formula(known, terms, memory.choice is not None, begun)
+        predict, correct = weigh(memory.nodes, formula, s0, s1)
         summed = _by_columns if self.columns else _weighted
         predicted = tree_map(lambda state, past: state + summed(predict[:, None], past)[:, 0], z, memory.slopes)
         fresh, aux = term.evaluate(s1, predicted, memory.entered)
-        nodes = torch.cat((s1[:, None], memory.nodes), 1)
-        slopes = tree_map(lambda rate, past: torch.cat((rate.to(past.dtype)[:, None], past), 1), fresh, memory.slopes)
+        nodes = cat((s1[:, None], memory.nodes), 1)
+        slopes = tree_map(_entered, fresh, memory.slopes)
         sums = tree_map(lambda past: summed(correct, past), slopes)
         moved = select(begun, tree_map(lambda state, total: state + total[:, 0], z, sums), z)
         place = 1 if memory.choice is None else 2  # of term m
@@ -220,9 +219,10 @@ class Adams(Solver):
         if choice is None:
             kept = Memory(memory.entered + 1, *entered, ledger)
             return Proposal(moved, error, aux, kept, memory.entered >= depth)
-        costs = _costs(term, tree_map(lambda total: total[:, 1:], sums), aux)
+        costs = _costs(term, tree_map(lambda total: total[:, 1:], sums), aux, s1)
+        cost = costs[:, 1] if term.has_density else None
         kept = Memory(memory.entered + 1, *entered, ledger, choose(choice, memory.entered, depth, costs))
-        return Proposal(moved, error, aux, kept, memory.entered >= _FIRST, terms.clamp(min=1))
+        return Proposal(moved, error, aux, kept, memory.entered >= _FIRST, at_least(terms, 1), cost)
 
     def _book(self, term: Term, memory: Memory, note: Any, weights: Tensor) -> Ledger | None:
         if memory.ledger is None or note is None or not isinstance(term, LikelihoodFlow):
@@ -241,17 +241,25 @@ class Adams(Solver):
         return settle(memory.ledger, memory.entered, term.divergence.law, term.divergence.probes)
 
 
-def _costs(term: Term, errors: Any, aux: Aux) -> Tensor:
-    """(B, K) what errors (B, K, ..) cost, in nats or in the state's norm."""
+def _costs(term: Term, errors: Any, aux: Aux, like: Tensor) -> Tensor:
+    """(B, K) what errors (B, K, ..) cost, in nats or in the state's norm; numbers as `like` are."""
     if term.has_density:
         return term.nats(errors, aux)
-    watched = term.watched(tree_map(lambda part: part.flatten(0, 1), errors))
-    return watched.square().sum(1, dtype=torch.float64).sqrt().reshape(batch_of(errors).shape[:2])
+    rows = batch_of(errors).shape[:2]
+    watched = term.watched(tree_map(lambda part: part.reshape(rows[0] * rows[1], *part.shape[2:]), errors))
+    return alike(watched.square().sum(1, dtype=torch.float64).sqrt().reshape(rows), like)
+
+
+def _entered(rate: Tensor, past: Tensor) -> Tensor:
+    """The history (B, K, ...) with the newest slope before it."""
+    return cat((rate[:, None] if on_host(rate) else rate.to(past.dtype)[:, None], past), 1)
 
 
 def _weighted(weights: Tensor, past: Tensor) -> Tensor:
     """N sums over the history axis at once, in its dtype: weights (B, N, K), (B, K, ...) -> (B, N, ...)."""
-    sums = torch.bmm(weights.to(past.dtype), past.flatten(2))
+    if on_host(past):
+        return weights @ past
+    sums = torch.bmm(tensor(weights, past.dtype), past.flatten(2))
     return sums.reshape(*weights.shape[:2], *past.shape[2:])
 
 

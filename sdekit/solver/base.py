@@ -35,6 +35,7 @@ class Proposal(NamedTuple):
         memory: To be committed if the step is accepted.
         settled: (B,) whether the solver worked at its full order (False while a multistep method starts up).
         error_order: (B,) of the solution whose error is estimated, where each sample has its own; None: the solver's.
+        cost: (B,) nats that the error costs, where the solver has found out; else None.
     """
 
     z: Any
@@ -43,6 +44,7 @@ class Proposal(NamedTuple):
     memory: Any
     settled: Tensor
     error_order: Tensor | None = None
+    cost: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,20 @@ With nodes x_0, x_1, .. and f[x_0 .. x_o] the divided differences of f, the inte
 4-point Gauss is exact for I_o up to o = 7. A predictor sums over the past nodes, o < m; a corrector has the step's end
 before them and sums to o = m; its last term is what the order of the formula is judged by.
 
-Two ways to the same numbers, to rounding: with stacked tensors, few operations for whoever runs them one by one; and
+Two ways to the same numbers, to rounding: stacked, few operations for whoever runs them one by one; and
 column by column, hundreds of operations on (B,) tensors, which a compiler makes one loop that needs no memory.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._tensor import constant
+from .._numbers import at_least, at_most, batch_first, batch_last, beside, cat, listed, ones_like, products, where
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
@@ -44,74 +45,67 @@ class Formula(NamedTuple):
     """Which terms are summed, sample by sample.
 
     Attributes:
-        known: (B, K) bool: which past nodes there are.
+        known: (B,) int64: how many of the past nodes there are, the newest first.
         terms: (B,) int64 m, at most as many as are known.
-        single: int64 (B,) each: terms of the corrector's sum that are asked for one by one.
+        around: Whether three terms of the corrector's sum are asked for by themselves, m - 1, m and m + 1, or m only.
         begun: (B,) bool: whether the sample steps at all; else corrector and single terms are zero.
     """
 
     known: Tensor
     terms: Tensor
-    single: tuple[Tensor, ...]
+    around: bool
     begun: Tensor
 
+    def single(self, depth: int) -> tuple[Tensor, ...]:
+        """(B,) each: the terms that are asked for by themselves, of a formula of at most `depth` terms."""
+        if not self.around:
+            return (self.terms,)
+        return at_least(self.terms - 1, 0), self.terms, at_most(self.terms + 1, depth)
 
-def newton_weights(nodes: Tensor, valid: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """(B, K, K) weights W with integral over [start, end] of Newton's o-th term = sum_j W[o, j] f_j.
 
-    Args:
-        nodes: (B, K) float64, distinct where valid; the interpolation takes them in this order.
-        valid: (B, K) bool; rows and columns of invalid nodes are meaningless but finite.
-        start: (B,) float64 where the step begins.
-        end: (B,) float64 where it ends.
+@lru_cache(maxsize=16)
+def _masks(depth: int, around: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which terms count, in numbers 0 and 1, float64.
+
+    Returns:
+        (K, K, 1) of j and o: j <= o. (K + 1, K) of m and o: those of the predictor's sum. (K + 1, K + 1, 1 + N, K + 1)
+        of m, the nodes known and o: those of the corrector's, then the single ones.
     """
-    count = nodes.shape[1]
-    middle, half = 0.5 * (start + end), 0.5 * (end - start)
-    points = constant([point for point, _ in _RULE], torch.float64, nodes.device)
-    rule = constant([weight for _, weight in _RULE], torch.float64, nodes.device)
-    x = middle[:, None] + half[:, None] * points
-    factors = (x[:, :, None] - nodes[:, None, :]).cumprod(2)  # (B, 4, K): products over i <= o
-    lower = torch.cat((torch.ones_like(factors[:, :, :1]), factors[:, :, :-1]), 2)
-    integrals = 2.0 * half[:, None] * torch.einsum("g,bgo->bo", rule, lower)
-    gaps = nodes[:, :, None] - nodes[:, None, :]  # (B, j, i)
-    pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(count, dtype=torch.bool, device=nodes.device)
-    # Over i <= o, i != j. Equal nodes (a start in place) are not used, but must not make what is masked infinite.
-    divisors = torch.where(pairs & (gaps != 0), gaps, 1.0).cumprod(2)
-    used = torch.ones(count, count, dtype=torch.float64, device=nodes.device).triu()  # j <= o
-    return (integrals[:, None, :] / divisors * used).transpose(1, 2)
+    order = torch.arange(depth + 1, device="cpu")
+    terms = order[:, None]
+    single = Formula(terms, terms, around, terms > 0).single(depth)
+    asked = torch.stack((order <= terms, *(order == which for which in single)), 1)
+    summed = asked[:, None] & (order <= terms)[:, None]
+    inner = order[:-1]
+    return (inner[:, None] <= inner)[:, :, None].double(), (inner < terms).double(), summed.double()
 
 
 def stacked(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weights:
-    """The weights of a step from s0 to s1 after the nodes `past` (B, K), by operations on stacked tensors."""
-    nodes = torch.cat((s1[:, None], past), 1)
-    backward, forward = _both(past, nodes, formula.known, s0, s1)
-    depth, begun = past.shape[1], formula.begun
-    used = torch.arange(depth + 1, device=past.device) <= formula.terms[:, None]
-    predict, known = backward * used[:, 1:, None], forward * used[:, :, None]
-    # While it starts two nodes may coincide: what is not used must be zero, or a derivative meets its infinities.
-    index = torch.stack(formula.single, 1)[:, :, None].expand(-1, -1, depth + 1)
-    correct = torch.cat((known.sum(1, keepdim=True), forward.gather(1, index)), 1)
-    return Weights(predict.sum(1), torch.where(begun[:, None, None], correct, 0.0))
+    """The weights of a step from s0 to s1 after the nodes `past` (B, K), by operations on stacked numbers.
 
-
-def _both(past: Tensor, nodes: Tensor, valid: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's weights over the step: on the past nodes (B, K, K), and with the step's end before them (B, K+1, K+1).
-
-    Both at once: the predictor's nodes are the corrector's moved up by one, its last one void.
+    The batch is the last axis: rows of many numbers are what numpy is quick with.
     """
-    batch, depth = valid.shape
-    void = torch.zeros_like(valid[:, :1])
-    usable, known = torch.cat((valid, void), 1), torch.cat((~void, valid), 1)
-    both, shifted = torch.cat((usable, known)), torch.cat((past, s1[:, None]), 1)
-    weights = newton_weights(torch.cat((shifted, nodes)), both, torch.cat((s0, s0)), torch.cat((s1, s1)))
-    weights = weights * (both[:, :, None] & both[:, None, :])
-    return weights[:batch, :depth, :depth], weights[batch:]
+    upper, ahead, behind = (beside(mask, past) for mask in _masks(past.shape[1], formula.around))
+    nodes, half = past.T, 0.5 * (s1 - s0)
+    points, rule = (listed(part, torch.float64, past)[:, None] for part in zip(*_RULE, strict=True))
+    x = 0.5 * (s0 + s1) + half * points
+    lower = products(x[:, None] - nodes, 2.0 * half * rule)[:, :-1]  # (4, K, B): over i < o, weighed
+    integrals, led = lower.sum(0), (lower * (x - s1)[:, None]).sum(0)
+    # Nodes coincide where they are not used. They are masked below, and must not make what is masked infinite.
+    gaps, back = nodes[:, None] - nodes, s1 - nodes  # (j, i, B), (K, B)
+    gaps, back = where(gaps == 0.0, 1.0, gaps), where(back == 0.0, 1.0, back)
+    divisors = products(gaps, ones_like(nodes))[:, 1:]  # (j, o, B): over i <= o, i != j
+    predict = (integrals * ahead[formula.terms].T / divisors * upper).sum(1)
+    masks = batch_last(behind[formula.terms, formula.known]) * formula.begun  # (1 + N, o, B)
+    newest = (cat((2.0 * half[None], led), 0) / products(back, ones_like(s0)) * masks).sum(1)
+    others = (led / (divisors * -back[:, None]) * upper * masks[:, None, 1:]).sum(2)
+    return Weights(batch_first(predict), batch_first(cat((newest[:, None], others), 1)))
 
 
 def by_columns(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weights:
     """What `stacked` returns, by operations on (B,) columns; past nodes must be known from the newest on, unequal."""
     depth, nodes = past.shape[1], past.unbind(1)
-    count = formula.known.sum(1)
+    count, asked = formula.known, formula.single(depth)
     middle, half = 0.5 * (s0 + s1), 0.5 * (s1 - s0)
     ones = torch.ones_like(s0)
     integrals = [torch.zeros_like(s0) for _ in range(depth)]  # of products over the past nodes
@@ -129,12 +123,12 @@ def by_columns(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weight
     ahead = ones  # prod (s1 - x_i), i < o
     predict = [torch.zeros_like(s0) for _ in range(depth)]
     correct = [torch.zeros_like(s0) for _ in range(depth + 1)]
-    single = [[torch.zeros_like(s0) for _ in range(depth + 1)] for _ in formula.single]
+    single = [[torch.zeros_like(s0) for _ in range(depth + 1)] for _ in asked]
     for o in range(depth + 1):
         row = [led[o] / ahead] + [led[o] / ((x - s1) * d) for x, d in zip(nodes, divisors, strict=False)]
         there = formula.begun & (count >= o)
         summed = there & (formula.terms >= o)
-        picked = [there & (which == o) for which in formula.single]
+        picked = [there & (which == o) for which in asked]
         for j, taken in enumerate(row):
             correct[j] = correct[j] + torch.where(summed, taken, 0.0)
             for kept, now in zip(single, picked, strict=True):

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._tensor import constant, select
+from .._numbers import at_least, at_most, listed
+from .._tensor import select
 from .base import counters
 
 # Shares of the first step that are evaluated before it is made, and at which place of the history each is put; a place
@@ -58,20 +59,23 @@ def empty(z: Tensor, depth: int) -> History:
 
 def shares(start: Start, entered: Tensor) -> Tensor:
     """(B,) the share of the step at which a sample evaluates next: 0 once it has started."""
-    table = constant([share for share, _, _ in start] + [0.0], torch.float64, entered.device)
-    return table[entered.clamp(max=len(start))]
+    table = listed((*(share for share, _, _ in start), 0.0), torch.float64, entered)
+    return table[at_most(entered, len(start))]
 
 
-def held(start: Start, entered: Tensor, depth: int) -> Tensor:
-    """(B, depth) which places of the history are filled after `entered` evaluations."""
+def filled(start: Start, entered: Tensor, depth: int) -> Tensor:
+    """(B,) int64 how many places of a history of `depth` are filled after `entered` evaluations, from the front."""
     counts, count = [0], 0
     for _, _, overwrite in start:
         count += not overwrite
         counts.append(count)
-    table = constant(counts, torch.int64, entered.device)
-    last = len(start)
-    filled = table[entered.clamp(max=last)] + (entered - last).clamp(min=0)
-    return torch.arange(depth, device=entered.device) < filled[:, None]
+    last, table = len(start), listed(tuple(counts), torch.int64, entered)
+    return at_most(table[at_most(entered, last)] + at_least(entered - last, 0), depth)
+
+
+def held(start: Start, entered: Tensor, depth: int) -> Tensor:
+    """(B, depth) which places of the history are filled after `entered` evaluations."""
+    return torch.arange(depth, device=entered.device) < filled(start, entered, depth)[:, None]
 
 
 def enter(start: Start, history: History, node: Tensor, prediction: Tensor) -> History:

@@ -9,8 +9,10 @@ from helpers import SDES, Given, draw, gaussian, mixture, observed_order, refere
 from numpy.polynomial import Polynomial
 
 import sdekit
+from sdekit._numbers import to_host
+from sdekit._tensor import tree_map
 from sdekit.solver.adams import begin_choice, choose
-from sdekit.solver.newton import Formula, by_columns, newton_weights, stacked
+from sdekit.solver.newton import Formula, by_columns, stacked
 
 every_depth = pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6])
 
@@ -31,48 +33,73 @@ def lagrange_integrals(nodes, start, end):
     return np.array(found)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7])
-def test_newtons_weights_are_those_of_the_interpolating_polynomial(count):
-    nodes = random_nodes(count, 3, count).flip(1)  # newest first
-    start, end = nodes[:, 0], nodes[:, 0] + times(0.3, 0.02, 0.7)
-    weights = newton_weights(nodes, torch.ones_like(nodes, dtype=torch.bool), start, end)
-    for row in range(3):
-        for terms in range(1, count + 1):
-            # The first `terms` of Newton's terms interpolate the first `terms` nodes.
-            expected = lagrange_integrals(nodes[row, :terms].numpy(), float(start[row]), float(end[row]))
-            found = weights[row, :terms].sum(0)[:terms].numpy()
-            np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
-            assert not weights[row, terms - 1, terms:].any()
+def on_the_host(past, formula, s0, s1):
+    """`stacked` with arrays in the place of tensors."""
+    return tree_map(torch.from_numpy, stacked(*to_host((past, formula, s0, s1))))
 
 
-def test_invalid_nodes_change_nothing_and_stay_finite():
-    nodes = random_nodes(1, 4, 5).flip(1)
-    start, end = nodes[:, 0], nodes[:, 0] + 0.2
-    empty = nodes.clone()
+every_way = pytest.mark.parametrize("way", [stacked, on_the_host, by_columns])
+
+
+@every_way
+@every_depth
+def test_newtons_weights_are_those_of_the_interpolating_polynomial(depth, way):
+    past, every = random_nodes(depth, 3, depth).flip(1), torch.full((3,), depth)  # newest first
+    start, end = past[:, 0], past[:, 0] + times(0.3, 0.02, 0.7)
+    nodes = torch.cat((end[:, None], past), 1)
+    for terms in range(1, depth + 1):
+        # The predictor's terms interpolate the first of the past nodes, the corrector's one more with the step's end.
+        found = way(past, Formula(every, torch.full((3,), terms), False, every > 0), start, end)
+        for row in range(3):
+            span = float(start[row]), float(end[row])
+            for given, known, used in ((found.predict, past, terms), (found.correct[:, 0], nodes, terms + 1)):
+                expected = lagrange_integrals(known[row, :used].numpy(), *span)
+                np.testing.assert_allclose(given[row, :used].numpy(), expected, rtol=1e-8, atol=1e-9)
+                assert not given[row, used:].any()
+            less = lagrange_integrals(nodes[row, :terms].numpy(), *span)
+            np.testing.assert_allclose(found.correct[row, 1, : terms + 1].numpy(), expected - [*less, 0.0], atol=1e-8)
+
+
+@every_way
+def test_nodes_that_are_not_known_change_nothing_and_stay_finite(way):
+    past = random_nodes(1, 4, 5).flip(1)
+    formula = Formula(torch.full((4,), 3), torch.tensor([3, 3, 2, 1]), True, torch.ones(4, dtype=torch.bool))
+    empty = past.clone()
     empty[:, 3:] = 0.0  # what a fresh memory holds: equal nodes
-    valid = torch.tensor([True, True, True, False, False]).expand(4, 5)
-    full = newton_weights(nodes, torch.ones_like(valid), start, end)
-    part = newton_weights(empty, valid, start, end)
-    torch.testing.assert_close(part[:, :3, :3], full[:, :3, :3], rtol=1e-13, atol=0)
-    assert torch.isfinite(part).all()
+    full, part = (way(nodes, formula, past[:, 0], past[:, 0] + 0.2) for nodes in (past, empty))
+    for ours, theirs in zip(part, full, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+        assert torch.isfinite(ours).all()
+    assert not part.correct[0, 3].any()  # the fourth term would need a node more than there are
 
 
 @every_depth
-def test_column_by_column_the_weights_are_the_same(depth):
+def test_every_way_the_weights_are_the_same(depth):
     # Of samples that know from no node to all, with formulas of every length.
     known = torch.arange(depth + 1).repeat(depth + 2)
     terms = torch.minimum(known, torch.arange(depth + 2).repeat_interleave(depth + 1))
     past = random_nodes(depth, len(known), depth).flip(1)
     past = torch.where(torch.arange(depth) < known[:, None], past, 0.0)
-    single = ((terms - 1).clamp(min=0), terms, (terms + 1).clamp(max=depth))
-    formula = Formula(torch.arange(depth) < known[:, None], terms, single, known > 0)
-    s0 = past[:, 0]
+    formula, s0 = Formula(known, terms, True, known > 0), past[:, 0]
     found = by_columns(past, formula, s0, s0 + 0.3)
-    for ours, theirs in zip(found, stacked(past, formula, s0, s0 + 0.3), strict=True):
-        assert torch.isfinite(ours).all()
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
-    one = formula._replace(single=(terms,))  # as a method of one order asks
+    for way in (stacked, on_the_host):
+        for ours, theirs in zip(found, way(past, formula, s0, s0 + 0.3), strict=True):
+            assert torch.isfinite(ours).all()
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    one = formula._replace(around=False)  # as a method of one order asks
     torch.testing.assert_close(by_columns(past, one, s0, s0 + 0.3).correct, found.correct[:, [0, 2]], rtol=0, atol=0)
+
+
+@every_depth
+def test_on_the_host_a_samples_weights_do_not_depend_on_the_batch(depth):
+    past = random_nodes(depth, 40, depth).flip(1)
+    known = torch.arange(40) % (depth + 1)
+    formula, s0, s1 = Formula(known, known, True, known > 0), past[:, 0], past[:, 0] + 0.3
+    found = on_the_host(past, formula, s0, s1)
+    for rows in ([0], [7], [3, 1], list(range(5, 38))):
+        alone = on_the_host(*tree_map(lambda part, at=rows: part[at], (past, formula, s0, s1)))
+        for ours, theirs in zip(alone, found, strict=True):
+            torch.testing.assert_close(ours, theirs[rows], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("solver", [sdekit.Adams(2), sdekit.Adams(5), sdekit.Adams(7, adaptive=True)], ids=repr)

@@ -1,0 +1,140 @@
+"""A sample's numbers, as a tensor or on the host: the same formulas on either.
+
+A step makes some three hundred operations on (B,) numbers: times, errors, weights, counts. On a CPU each costs five
+times as much by torch as by numpy, whose arrays have the same operators, and in small batches that is more than the
+network. So where a step runs operation by operation on a CPU its numbers are numpy arrays, and its states, (B, D),
+stay tensors. What is written for both is annotated `Tensor`, uses operators and indices, and finds here the functions
+whose names differ. Nothing is ever written to: an array and the tensor it was made from share their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._tensor import constant, there, tree_map
+
+Tree = TypeVar("Tree")
+_ROW = 32  # numbers from which on a loop over rows is faster than numpy's own, which goes down columns
+
+
+def on_host(value: Any) -> bool:
+    """Whether these numbers are a numpy array."""
+    return isinstance(value, np.ndarray)
+
+
+def to_host(tree: Tree) -> Tree:
+    """The same numbers as arrays, leaf by leaf, in the same memory."""
+    return tree_map(lambda leaf: cast(Tensor, leaf.detach().numpy()), tree)
+
+
+def alike(value: Tensor, like: Tensor) -> Tensor:
+    """The numbers of a tensor, as an array where `like` is one."""
+    return cast(Tensor, value.numpy()) if isinstance(like, np.ndarray) and isinstance(value, Tensor) else value
+
+
+def _either(array: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Tensor]:
+    """One function for both, told apart by the first argument."""
+
+    def function(first: Tensor, *rest: Any) -> Tensor:
+        return cast(Tensor, (array if isinstance(first, np.ndarray) else plain)(first, *rest))
+
+    return function
+
+
+exp = _either(np.exp, torch.exp)
+expm1 = _either(np.expm1, torch.expm1)
+exp2 = _either(np.exp2, torch.exp2)
+log = _either(np.log, torch.log)
+log1p = _either(np.log1p, torch.log1p)
+log2 = _either(np.log2, torch.log2)
+sign = _either(np.sign, torch.sign)
+sin = _either(np.sin, torch.sin)
+tan = _either(np.tan, torch.tan)
+asinh = _either(np.arcsinh, torch.asinh)
+atan2 = _either(np.arctan2, torch.atan2)
+hypot = _either(np.hypot, torch.hypot)
+logaddexp = _either(np.logaddexp, torch.logaddexp)
+sigmoid = _either(lambda value: 1.0 / (1.0 + np.exp(-value)), torch.sigmoid)
+floor = _either(np.floor, torch.floor)
+sqrt = _either(np.sqrt, torch.sqrt)
+square = _either(np.square, torch.square)
+power = _either(np.power, torch.pow)
+isfinite = _either(np.isfinite, torch.isfinite)
+isnan = _either(np.isnan, torch.isnan)
+maximum = _either(np.maximum, torch.maximum)
+minimum = _either(np.minimum, torch.minimum)
+where = _either(np.where, torch.where)
+zeros_like = _either(np.zeros_like, torch.zeros_like)
+ones_like = _either(np.ones_like, torch.ones_like)
+full_like = _either(np.full_like, torch.full_like)
+searchsorted = _either(np.searchsorted, lambda table, value: torch.searchsorted(table, value.contiguous()))
+at_least = _either(np.maximum, lambda value, least: value.clamp(min=least))
+at_most = _either(np.minimum, lambda value, most: value.clamp(max=most))
+real = _either(lambda value: value.astype(np.float64), lambda value: value.double())
+whole = _either(lambda value: value.astype(np.int64), lambda value: value.long())
+
+
+def between(value: Tensor, low: float, high: float) -> Tensor:
+    """The numbers, those outside moved to `low` or `high`; NaN stays."""
+    return at_most(at_least(value, low), high)
+
+
+def cat(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """The parts one after another along an axis there is."""
+    if isinstance(parts[0], np.ndarray):
+        return cast(Tensor, np.concatenate(cast(Any, parts), axis))
+    return torch.cat(list(parts), axis)
+
+
+def stack(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """The parts side by side along a new axis."""
+    if isinstance(parts[0], np.ndarray):
+        return cast(Tensor, np.stack(cast(Any, parts), axis))
+    return torch.stack(list(parts), axis)
+
+
+def batch_first(value: Tensor) -> Tensor:
+    """(B, ..) contiguous of numbers whose last axis is the batch."""
+    if isinstance(value, np.ndarray):
+        return cast(Tensor, np.ascontiguousarray(np.moveaxis(value, -1, 0)))
+    return value.movedim(-1, 0).contiguous()
+
+
+def batch_last(value: Tensor) -> Tensor:
+    """A view whose last axis is the batch, the first of `value`."""
+    return cast(Tensor, np.moveaxis(value, 0, -1)) if isinstance(value, np.ndarray) else value.movedim(0, -1)
+
+
+def products(factors: Tensor, first: Tensor) -> Tensor:
+    """(.., n + 1, B) `first` (.., B) times the product of the factors (.., n, B) before each place."""
+    if not isinstance(factors, np.ndarray):
+        return torch.cat((first[..., None, :], factors), -2).cumprod(-2)
+    found = np.concatenate((first[..., None, :], factors), -2)
+    if factors.shape[-1] < _ROW:
+        return cast(Tensor, np.multiply.accumulate(found, -2))
+    for k in range(factors.shape[-2]):
+        np.multiply(found[..., k, :], found[..., k + 1, :], out=found[..., k + 1, :])
+    return cast(Tensor, found)
+
+
+@lru_cache(maxsize=64)
+def _array(values: tuple[float, ...], kind: Any) -> Any:
+    return np.array(values, kind)
+
+
+def listed(values: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A few numbers, made once, where `like` is; not to be written to."""
+    if isinstance(like, np.ndarray):
+        return cast(Tensor, _array(values, np.int64 if dtype == torch.int64 else np.float64))
+    return constant(values, dtype, like.device)
+
+
+def beside(table: Tensor, like: Tensor) -> Tensor:
+    """A table of the CPU, where `like` is."""
+    return cast(Tensor, table.numpy()) if isinstance(like, np.ndarray) else there(table, like.device)
