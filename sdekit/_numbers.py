@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._tensor import constant, there, tree_map
+from ._tensor import Numbers, constant, there, tree_map
 
 Tree = TypeVar("Tree")
 _ROW = 32  # numbers from which on a loop over rows is faster than numpy's own, which goes down columns
 
 
-def on_host(value: Any) -> bool:
+def on_host(value: Numbers) -> bool:
     """Whether these numbers are a numpy array."""
     return isinstance(value, np.ndarray)
 
@@ -33,7 +33,7 @@ def to_host(tree: Tree) -> Tree:
     return tree_map(lambda leaf: cast(Tensor, leaf.detach().numpy()), tree)
 
 
-def alike(value: Tensor, like: Tensor) -> Tensor:
+def alike(value: Numbers, like: Numbers) -> Tensor:
     """The numbers of a tensor, as an array where `like` is one."""
     return cast(Tensor, value.numpy()) if isinstance(like, np.ndarray) and isinstance(value, Tensor) else value
 
@@ -41,7 +41,7 @@ def alike(value: Tensor, like: Tensor) -> Tensor:
 def _either(array: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Tensor]:
     """One function for both, told apart by the first argument."""
 
-    def function(first: Tensor, *rest: Any) -> Tensor:
+    def function(first: Numbers, *rest: Any) -> Tensor:
         return cast(Tensor, (array if isinstance(first, np.ndarray) else plain)(first, *rest))
 
     return function
@@ -80,38 +80,38 @@ real = _either(lambda value: value.astype(np.float64), lambda value: value.doubl
 whole = _either(lambda value: value.astype(np.int64), lambda value: value.long())
 
 
-def between(value: Tensor, low: float, high: float) -> Tensor:
+def between(value: Numbers, low: float, high: float) -> Tensor:
     """The numbers, those outside moved to `low` or `high`; NaN stays."""
     return at_most(at_least(value, low), high)
 
 
-def cat(parts: Sequence[Tensor], axis: int) -> Tensor:
+def cat(parts: Sequence[Numbers], axis: int) -> Tensor:
     """The parts one after another along an axis there is."""
     if isinstance(parts[0], np.ndarray):
-        return cast(Tensor, np.concatenate(cast(Any, parts), axis))
+        return cast(Tensor, np.concatenate(parts, axis))
     return torch.cat(list(parts), axis)
 
 
-def stack(parts: Sequence[Tensor], axis: int) -> Tensor:
+def stack(parts: Sequence[Numbers], axis: int) -> Tensor:
     """The parts side by side along a new axis."""
     if isinstance(parts[0], np.ndarray):
-        return cast(Tensor, np.stack(cast(Any, parts), axis))
+        return cast(Tensor, np.stack(parts, axis))
     return torch.stack(list(parts), axis)
 
 
-def batch_first(value: Tensor) -> Tensor:
+def batch_first(value: Numbers) -> Tensor:
     """(B, ..) contiguous of numbers whose last axis is the batch."""
     if isinstance(value, np.ndarray):
         return cast(Tensor, np.ascontiguousarray(np.moveaxis(value, -1, 0)))
-    return value.movedim(-1, 0).contiguous()
+    return cast(Tensor, value.movedim(-1, 0).contiguous())
 
 
-def batch_last(value: Tensor) -> Tensor:
+def batch_last(value: Numbers) -> Tensor:
     """A view whose last axis is the batch, the first of `value`."""
-    return cast(Tensor, np.moveaxis(value, 0, -1)) if isinstance(value, np.ndarray) else value.movedim(0, -1)
+    return cast(Tensor, np.moveaxis(value, 0, -1) if isinstance(value, np.ndarray) else value.movedim(0, -1))
 
 
-def products(factors: Tensor, first: Tensor) -> Tensor:
+def products(factors: Numbers, first: Numbers) -> Tensor:
     """(.., n + 1, B) `first` (.., B) times the product of the factors (.., n, B) before each place."""
     if not isinstance(factors, np.ndarray):
         return torch.cat((first[..., None, :], factors), -2).cumprod(-2)
@@ -128,13 +128,13 @@ def _array(values: tuple[float, ...], kind: Any) -> Any:
     return np.array(values, kind)
 
 
-def listed(values: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+def listed(values: tuple[float, ...], dtype: torch.dtype, like: Numbers) -> Tensor:
     """A few numbers, made once, where `like` is; not to be written to."""
     if isinstance(like, np.ndarray):
         return cast(Tensor, _array(values, np.int64 if dtype == torch.int64 else np.float64))
     return constant(values, dtype, like.device)
 
 
-def beside(table: Tensor, like: Tensor) -> Tensor:
+def beside(table: Tensor, like: Numbers) -> Tensor:
     """A table of the CPU, where `like` is."""
     return cast(Tensor, table.numpy()) if isinstance(like, np.ndarray) else there(table, like.device)

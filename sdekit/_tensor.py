@@ -8,7 +8,7 @@ are all that the loop needs: `select` (commit by mask), `take` (keep some rows) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Tree = TypeVar("Tree")
+Numbers: TypeAlias = Any  # a tensor, or an array where numbers are on the host
 
 
 def tree_map(function: Callable[..., Any], first: Tree, *others: Tree) -> Tree:
@@ -82,16 +83,16 @@ def there(table: Tensor, device: torch.device) -> Tensor:
 _ARRAYS = {torch.float64: np.float64, torch.float32: np.float32}
 
 
-def tensor(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def tensor(value: Numbers, dtype: torch.dtype | None = None) -> Tensor:
     """These numbers, a tensor or an array, as a tensor, in a floating type if one is named."""
     if not isinstance(value, np.ndarray):
-        return value if dtype is None else value.to(dtype)
+        return cast(Tensor, value if dtype is None else value.to(dtype))
     kind = None if dtype is None else _ARRAYS.get(dtype)
     made = torch.from_numpy(value if kind is None else np.ascontiguousarray(value, kind))
     return made if dtype is None or kind is not None else made.to(dtype)
 
 
-def column(value: Tensor, like: Tensor) -> Tensor:
+def column(value: Numbers, like: Tensor) -> Tensor:
     """`value` of shape (B,) shaped (B, 1, ..., 1) to broadcast against `like`, in the dtype of `like`.
 
     The one place where a per-sample scalar meets a state: a float64 coefficient does not promote a float32 state.
@@ -100,15 +101,15 @@ def column(value: Tensor, like: Tensor) -> Tensor:
     return made.reshape(made.shape + (1,) * (like.dim() - made.dim()))
 
 
-def select(mask: Tensor, new: Tree, old: Tree) -> Tree:
+def select(mask: Numbers, new: Tree, old: Tree) -> Tree:
     """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere; leaves keep the dtype of `old`."""
     if isinstance(mask, np.ndarray) and mask.all():  # known without waiting for anything
         return new
     apart = tensor(mask)
 
-    def choose(fresh: Tensor, kept: Tensor) -> Tensor:
+    def choose(fresh: Numbers, kept: Numbers) -> Tensor:
         if fresh is kept:
-            return kept
+            return cast(Tensor, kept)
         if isinstance(kept, np.ndarray):
             return cast(Tensor, np.where(np.reshape(mask, mask.shape + (1,) * (kept.ndim - 1)), fresh, kept))
         return torch.where(apart.reshape(apart.shape + (1,) * (kept.dim() - 1)), fresh, kept)
@@ -142,7 +143,7 @@ def all_finite(tree: Any) -> Tensor:
     return cast(Tensor, np.isfinite(total)) if isinstance(total, np.ndarray) else torch.isfinite(total)
 
 
-def _summed(tree: Any) -> Tensor | None:
+def _summed(tree: Any) -> Numbers | None:
     """(B,) the sum of all numbers of a sample, an array if one of the leaves is."""
     if isinstance(tree, Tensor):
         return tree if tree.dim() == 1 else tree.flatten(1).sum(1)
