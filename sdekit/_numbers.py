@@ -93,22 +93,41 @@ def cat(parts: Sequence[Numbers], axis: int) -> Tensor:
 
 
 def stack(parts: Sequence[Numbers], axis: int) -> Tensor:
-    """The parts side by side along a new axis."""
+    """The parts (B,) side by side along a new axis, 0 or 1."""
     if isinstance(parts[0], np.ndarray):
-        return cast(Tensor, np.stack(parts, axis))
+        rows = np.array(parts)
+        return cast(Tensor, rows.T if axis else rows)
     return torch.stack(list(parts), axis)
+
+
+def mean(value: Numbers) -> Tensor:
+    """The mean over the last axis."""
+    return cast(Tensor, value.sum(-1) / value.shape[-1] if isinstance(value, np.ndarray) else value.mean(-1))
 
 
 def batch_first(value: Numbers) -> Tensor:
     """(B, ..) contiguous of numbers whose last axis is the batch."""
+    last = len(value.shape) - 1
     if isinstance(value, np.ndarray):
-        return cast(Tensor, np.ascontiguousarray(np.moveaxis(value, -1, 0)))
+        return cast(Tensor, np.ascontiguousarray(value.transpose(last, *range(last))))
     return cast(Tensor, value.movedim(-1, 0).contiguous())
 
 
-def batch_last(value: Numbers) -> Tensor:
-    """A view whose last axis is the batch, the first of `value`."""
-    return cast(Tensor, np.moveaxis(value, 0, -1) if isinstance(value, np.ndarray) else value.movedim(0, -1))
+def rows(value: Numbers) -> Tensor:
+    """(K, B) of numbers (B, K), contiguous."""
+    return cast(Tensor, np.ascontiguousarray(value.T) if isinstance(value, np.ndarray) else value.T)
+
+
+def picked(table: Tensor, index: Numbers) -> Tensor:
+    """(N, B) the columns `index` (B,) of a table (N, M) of the CPU."""
+    if isinstance(index, np.ndarray):
+        return cast(Tensor, table.numpy().take(index, 1))
+    return there(table, index.device).index_select(1, index)
+
+
+def arange(count: int, like: Numbers) -> Tensor:
+    """0, 1, .. below `count`, int64, where `like` is."""
+    return cast(Tensor, np.arange(count) if isinstance(like, np.ndarray) else torch.arange(count, device=like.device))
 
 
 def products(factors: Numbers, first: Numbers) -> Tensor:

@@ -4,8 +4,8 @@
     target(s, s_end, state) -> s1                                   ends exactly on s_end
     judge(term, solver, proposal, before, s_end, state) -> Verdict
 
-`Nats` spends a budget of log density; `PID` (pid.py) holds the error of the state below a tolerance; `FixedGrid` accepts
-whatever its grid gives. No sample's verdict looks at another sample, and nothing branches on a tensor.
+`Nats` spends a budget of log density; `PID` (pid.py) holds the error of the state below a tolerance; `FixedGrid`
+accepts whatever its grid gives. No sample's verdict looks at another sample, and nothing branches on a tensor.
 """
 
 from __future__ import annotations

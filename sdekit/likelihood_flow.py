@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._checks import is_own
-from ._numbers import alike, cat, exp, maximum, sqrt, square, stack, zeros_like
+from ._numbers import alike, cat, exp, maximum, mean, sqrt, square, stack, zeros_like
 from ._tensor import column, dot, flatten, tensor
 from .divergence import Divergence, FieldValue, Hutchinson
 from .grid import MixedTime, mixed_time
@@ -105,6 +105,7 @@ class LikelihoodFlow(Term):
         self._variance = model.data_std**2
         self._fixed: Tensor | None = None
         self._redraws = False
+        self._dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of a state, and of the network for it
         meaning = model.parameterization  # what users wrote is given tensors
         self._own = type(model) is ScoreModel and all(map(is_own, (model.sde, meaning, meaning.label)))
 
@@ -195,7 +196,7 @@ class LikelihoodFlow(Term):
         du, gradient = tensor(of_x, x.dtype)[:, :, None] * x + tensor(of_output, x.dtype)[:, :, None] * out
         log_det = traces + (of_x[0] * scale * x.shape[1])[:, None]
         coarse = None
-        if self.has_density and (network := torch.finfo(self.model.network_dtype(x)).eps) > torch.finfo(x.dtype).eps:
+        if self.has_density and (network := torch.finfo(self._network_dtype(x)).eps) > torch.finfo(x.dtype).eps:
             own = gradient * column(of_output[0], out) * out
             coarse = _COARSER * network * sqrt(alike(dot(own, own), s) + square(traces[:, 0]))
         # J' v of the whole field is the network's plus a multiple of v, which has no variance: left out of `product`.
@@ -207,7 +208,7 @@ class LikelihoodFlow(Term):
         """Output (B, D), traces (B, C) and fixed-probe product of `jacobian` (B,) times the network's Jacobian."""
         if self.divergence is None:
             return self._field(x, t), jacobian[:, None][:, :0], None, None
-        probes = self._probes(x, tensor(node))
+        probes = self._probes(x, node)
         out, traces, products = self._ask(x, t, probes)
         traces = alike(traces, jacobian) * jacobian[:, None]
         if probes is None or products is None or not isinstance(self.divergence, Hutchinson):
@@ -226,15 +227,22 @@ class LikelihoodFlow(Term):
         if not isinstance(self.divergence, Hutchinson):
             return None
         if self._fixed is None or self._fixed.dtype != x.dtype:
-            drawn = self.divergence.draw(self.keys, node, x.shape[1], x.dtype)
+            drawn = self.divergence.draw(self.keys, tensor(node), x.shape[1], x.dtype)
             if self.fresh or self._redraws:
                 return drawn
             self._fixed = drawn
         return self._fixed
 
+    def _network_dtype(self, x: Tensor) -> torch.dtype:
+        """What the network computes in, looked up once: a network's parameters are a long way down."""
+        if self._dtypes is None or self._dtypes[0] is not x.dtype:
+            self._dtypes = x.dtype, self.model.network_dtype(x)
+        return self._dtypes[1]
+
     def _field(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, D) the network's own output at x (B, D)."""
-        return flatten(self.model.output(x.reshape(x.shape[0], *self.event), t))
+        seen = x.reshape(x.shape[0], *self.event)
+        return flatten(self.model.output(seen, t, self._network_dtype(x)) if self._own else self.model.output(seen, t))
 
     def _asked(self, x: Tensor, t: Tensor, probes: Tensor | None) -> FieldValue:
         assert self.divergence is not None  # else nothing is asked but the field
@@ -254,7 +262,7 @@ class LikelihoodFlow(Term):
             steep, large = (part.square().sum(-1, dtype=torch.float64).sqrt() for part in (gradient, error.u))
             return alike(least * steep * large, error.log_det)
         in_u = alike((gradient * error.u).sum(-1, dtype=torch.float64), error.log_det)
-        in_l = error.log_det[..., -1] if self.fresh else error.log_det.mean(-1)
+        in_l = error.log_det[..., -1] if self.fresh else mean(error.log_det)
         return maximum(abs(in_u + in_l), least * (abs(in_u) + abs(in_l)))
 
     def rounding(self, length: Tensor, before: FlowState, after: FlowState, aux: Aux) -> Tensor:

@@ -107,19 +107,20 @@ class ScoreModel(nn.Module):
                     "an entry for each sample: use .expand(batch, ...)."
                 )
 
-    def output(self, x: Tensor, t: Tensor) -> Tensor:
+    def output(self, x: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The network's own output F at (x, t), in the dtype of `x`.
 
         Args:
             x: State, (B, *event).
             t: Times, (B,) float64, within [t_min, t_max].
+            dtype: What `network_dtype` says, for whoever has asked already.
 
         Raises:
             NetworkError: The network raised, or its output is not a floating tensor of the shape of `x`.
         """
         scale = self.parameterization.input_scale(self.sde, t)
         seen = x if scale is None else column(scale, x) * x
-        return self.answer(seen, self.parameterization.label(self.sde, t))
+        return self.answer(seen, self.parameterization.label(self.sde, t), dtype)
 
     def answer(self, seen: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The network's own output for its scaled input `seen` (B, *event) and label (B,), in the dtype of `seen`.

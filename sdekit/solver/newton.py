@@ -21,11 +21,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import at_least, at_most, batch_first, batch_last, beside, cat, listed, ones_like, products, where
+from .._numbers import (
+    arange,
+    at_least,
+    at_most,
+    batch_first,
+    beside,
+    cat,
+    listed,
+    on_host,
+    ones_like,
+    picked,
+    products,
+    rows,
+    where,
+)
+from .._tensor import tree_map
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
 _RULE = tuple(zip((-_POINTS[1], -_POINTS[0], _POINTS[0], _POINTS[1]), (*_WEIGHTS[::-1], *_WEIGHTS), strict=True))
+_AT_ONCE = 256  # samples
 MOST_NODES = 7  # 4-point Gauss is exact up to degree 7, Newton's last product here has degree 6
 
 
@@ -63,43 +79,64 @@ class Formula(NamedTuple):
         return at_least(self.terms - 1, 0), self.terms, at_most(self.terms + 1, depth)
 
 
-@lru_cache(maxsize=16)
-def _masks(depth: int, around: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Which terms count, in numbers 0 and 1, float64.
+class _Masks(NamedTuple):
+    """Which terms count, in numbers 0 and 1, float64; by m, or by m (K + 1) + the nodes known.
 
-    Returns:
-        (K, K, 1) of j and o: j <= o. (K + 1, K) of m and o: those of the predictor's sum. (K + 1, K + 1, 1 + N, K + 1)
-        of m, the nodes known and o: those of the corrector's, then the single ones.
+    Attributes:
+        upper: (K, K + 1, 1) of past node j and the corrector's term o: j < o.
+        ahead: (K, K + 1) the predictor's terms, by m.
+        behind: (K + 1, (K + 1)^2) the corrector's, by both.
+        single: (N, (K + 1)^2) whether a single one counts, by both.
+        which: (N, K + 1) int64, which those are, by m.
     """
+
+    upper: Tensor
+    ahead: Tensor
+    behind: Tensor
+    single: Tensor
+    which: Tensor
+
+
+@lru_cache(maxsize=16)
+def _masks(depth: int, around: bool) -> _Masks:
     order = torch.arange(depth + 1, device="cpu")
-    terms = order[:, None]
-    single = Formula(terms, terms, around, terms > 0).single(depth)
-    asked = torch.stack((order <= terms, *(order == which for which in single)), 1)
-    summed = asked[:, None] & (order <= terms)[:, None]
-    inner = order[:-1]
-    return (inner[:, None] <= inner)[:, :, None].double(), (inner < terms).double(), summed.double()
+    which = torch.stack(Formula(order, order, around, order > 0).single(depth))
+    terms, known = order.repeat_interleave(depth + 1), order.repeat(depth + 1)
+    behind = (order[:, None] <= terms) & (order[:, None] <= known)
+    upper = (order[:-1, None] < order)[:, :, None]
+    single = which[:, terms] <= known
+    return _Masks(upper.double(), (order[:-1, None] < order).double(), behind.double(), single.double(), which)
 
 
 def stacked(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weights:
     """The weights of a step from s0 to s1 after the nodes `past` (B, K), by operations on stacked numbers.
 
-    The batch is the last axis: rows of many numbers are what numpy is quick with.
+    The batch is the last axis: rows of many numbers are what numpy is quick with, as long as they stay in the cache.
     """
-    upper, ahead, behind = (beside(mask, past) for mask in _masks(past.shape[1], formula.around))
-    nodes, half = past.T, 0.5 * (s1 - s0)
+    batch, depth = past.shape
+    if batch > _AT_ONCE and on_host(past):
+        given = (past, formula, s0, s1)
+        blocks = [tree_map(lambda part, k=k: part[k : k + _AT_ONCE], given) for k in range(0, batch, _AT_ONCE)]
+        return Weights(*(cat(parts, 0) for parts in zip(*(stacked(*block) for block in blocks), strict=True)))
+    masks = _masks(depth, formula.around)
     points, rule = (listed(part, torch.float64, past)[:, None] for part in zip(*_RULE, strict=True))
+    nodes, half = rows(past), 0.5 * (s1 - s0)
     x = 0.5 * (s0 + s1) + half * points
     lower = products(x[:, None] - nodes, 2.0 * half * rule)[:, :-1]  # (4, K, B): over i < o, weighed
-    integrals, led = lower.sum(0), (lower * (x - s1)[:, None]).sum(0)
+    led = cat((2.0 * half[None], (lower * (x - s1)[:, None]).sum(0)), 0)  # I'_o
     # Nodes coincide where they are not used. They are masked below, and must not make what is masked infinite.
     gaps, back = nodes[:, None] - nodes, s1 - nodes  # (j, i, B), (K, B)
     gaps, back = where(gaps == 0.0, 1.0, gaps), where(back == 0.0, 1.0, back)
-    divisors = products(gaps, ones_like(nodes))[:, 1:]  # (j, o, B): over i <= o, i != j
-    predict = (integrals * ahead[formula.terms].T / divisors * upper).sum(1)
-    masks = batch_last(behind[formula.terms, formula.known]) * formula.begun  # (1 + N, o, B)
-    newest = (cat((2.0 * half[None], led), 0) / products(back, ones_like(s0)) * masks).sum(1)
-    others = (led / (divisors * -back[:, None]) * upper * masks[:, None, 1:]).sum(2)
-    return Weights(batch_first(predict), batch_first(cat((newest[:, None], others), 1)))
+    divisors = products(gaps, ones_like(nodes))  # (j, o, B): over i < o, i != j
+    upper, integrals = beside(masks.upper, past), lower.sum(0) * picked(masks.ahead, formula.terms)
+    predict = (integrals / divisors[:, 1:] * upper[:, 1:]).sum(1)
+    first = led / products(back, ones_like(s0))
+    terms = cat((first[None], led / (divisors * -back[:, None]) * upper), 0)  # (j, o, B), the step's end first
+    at = formula.terms * (depth + 1) + formula.known
+    summed = (terms * (picked(masks.behind, at) * formula.begun)).sum(1)
+    single = terms[:, picked(masks.which, formula.terms), arange(batch, past)]  # (j, N, B)
+    single = single * (picked(masks.single, at) * formula.begun)
+    return Weights(batch_first(predict), batch_first(cat((summed[:, None], single), 1).swapaxes(0, 1)))
 
 
 def by_columns(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weights:
