@@ -125,6 +125,13 @@ def picked(table: Tensor, index: Numbers) -> Tensor:
     return there(table, index.device).index_select(1, index)
 
 
+def entry(table: Numbers, place: Numbers) -> Tensor:
+    """(B,) of each row of a table (B, N) the number at its place (B,)."""
+    if isinstance(table, np.ndarray):
+        return cast(Tensor, table[np.arange(len(table)), place])
+    return cast(Tensor, table.gather(1, place[:, None]).squeeze(1))
+
+
 def arange(count: int, like: Numbers) -> Tensor:
     """0, 1, .. below `count`, int64, where `like` is."""
     return cast(Tensor, np.arange(count) if isinstance(like, np.ndarray) else torch.arange(count, device=like.device))

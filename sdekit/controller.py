@@ -23,6 +23,7 @@ from ._numbers import (
     at_least,
     at_most,
     between,
+    entry,
     exp,
     exp2,
     floor,
@@ -136,7 +137,7 @@ class FixedGrid(Controller):
         return GridState(nodes, torch.zeros_like(s0, dtype=torch.int64), torch.zeros_like(s0), s0.new_zeros(len(s0), 2))
 
     def target(self, s: Tensor, s_end: Tensor, state: GridState) -> Tensor:
-        return state.nodes.gather(1, state.place[:, None] + 1).squeeze(1)
+        return entry(state.nodes, state.place + 1)
 
     def judge(
         self, term: Term, solver: Solver, proposal: Proposal, step: Step, s_end: Tensor, state: GridState
@@ -145,11 +146,11 @@ class FixedGrid(Controller):
         if term.has_density and proposal.error is None:  # nobody knows
             indicated, rounded = indicated + math.nan, rounded + math.nan
         elif term.has_density:
-            cost = term.nats(proposal.error, proposal.aux) * torch.where(proposal.settled, 1.0, 0.1)
-            indicated = indicated + torch.where(accept, cost, 0.0)
+            cost = term.nats(proposal.error, proposal.aux) * where(proposal.settled, 1.0, 0.1)
+            indicated = indicated + where(accept, cost, 0.0)
             lost = term.rounding(step.s1 - step.s0, step.z, proposal.z, proposal.aux)
-            rounded = rounded + torch.where(accept[:, None], lost, 0.0)
-        index = torch.where(accept, (state.place + 1).clamp(max=state.nodes.shape[1] - 2), state.place)
+            rounded = rounded + where(accept[:, None], lost, 0.0)
+        index = where(accept, at_most(state.place + 1, state.nodes.shape[1] - 2), state.place)
         return Verdict(accept, GridState(state.nodes, index, indicated, rounded), ~accept)
 
     def spent(self, state: GridState) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ it saves in most single solves on a CPU, and graphs have not been measured yet.
 from __future__ import annotations
 
 import warnings
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -21,14 +21,16 @@ from ._numbers import to_host
 from ._tensor import leaves, rebuilt, tensor, tree_map
 from .captured import Captured
 from .compiled import compiled, run
-from .controller import Nats
+from .controller import FixedGrid, Nats
 from .errors import SdekitWarning
-from .likelihood_flow import LikelihoodFlow
+from .ledger import Ledger
+from .likelihood_flow import FlowState, LikelihoodFlow
 from .loop import Carry, Problem, advance, still_running
 from .parts import CannotCompileError, own_parts
 from .pid import PID
 from .solver.adams import Adams
 from .solver.base import batch_of
+from .solver.runge_kutta import RungeKutta
 from .tracing import Program
 
 Runtime = Literal["auto", "eager", "compile", "graph"]
@@ -101,21 +103,25 @@ def _fewer(needed: int, now: int) -> int:
 def hosted(problem: Problem, carry: Carry) -> tuple[Problem, Carry]:
     """The same with the samples' numbers on the host, where a step that is made operation by operation takes them so.
 
-    A CPU's do, of a LikelihoodFlow by `Adams`: the default likelihood, and adaptive sampling and encoding.
+    On a CPU those do of a LikelihoodFlow by `Adams` or a Runge-Kutta method: likelihoods, adaptive flows.
     """
-    z, memory = carry.z, carry.memory
     on_cpu = carry.s.device.type == "cpu" and carry.s.numel() > 0 and not torch.is_grad_enabled()
-    known = type(problem.term) is LikelihoodFlow and type(problem.solver) is Adams
-    if not (on_cpu and known and type(problem.controller) in (Nats, PID)):
+    known = type(problem.term) is LikelihoodFlow and type(problem.solver) in (Adams, RungeKutta)
+    if not (on_cpu and known and type(problem.controller) in (Nats, PID, FixedGrid)):
         return problem, carry
-    arrays = to_host((carry, problem.s_end))
-    there = arrays[0]
-    slopes, ledger = memory.slopes, memory.ledger
-    state = there.z._replace(u=z.u, product=z.product)
-    slopes = there.memory.slopes._replace(u=slopes.u, product=slopes.product)
-    kept = None if ledger is None else there.memory.ledger._replace(mark=ledger.mark)
-    memory = there.memory._replace(slopes=slopes, ledger=kept)
-    return problem._replace(s_end=arrays[1]), there._replace(z=state, memory=memory)
+    return problem._replace(s_end=to_host(problem.s_end)), _hosted(carry)
+
+
+def _hosted(tree: Any) -> Any:
+    """The tree with arrays in the place of tensors, but for the states in it, (B, D)."""
+    if isinstance(tree, FlowState):
+        return tree._replace(log_det=to_host(tree.log_det))
+    if isinstance(tree, Ledger):
+        return to_host(tree)._replace(mark=tree.mark)
+    if isinstance(tree, tuple):
+        parts = map(_hosted, tree)
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return to_host(tree)
 
 
 class Eager:

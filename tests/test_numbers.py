@@ -163,6 +163,23 @@ class TestSolves:
         torch.testing.assert_close(host.x, plain.x, rtol=0.0, atol=1e-10)
         assert torch.equal(host.stats.accepted, plain.stats.accepted)
 
+    @pytest.mark.parametrize("controller", ["nats", "pid", "grid"])
+    @pytest.mark.parametrize("solver", [sdekit.Dopri5(), sdekit.BogackiShampine(), sdekit.Adams(4, "inside")], ids=repr)
+    def test_other_methods_are_too(self, solver, controller, monkeypatch):
+        model = MODELS["learned"].double()
+        judges = {
+            "nats": sdekit.Nats(0.5),
+            "pid": sdekit.PID(1e-4, 1e-4),
+            "grid": sdekit.FixedGrid(sdekit.grid.likelihood(model.sde, 12).flip(0)),
+        }
+        x, options = draw(1, 5, 3).double(), {"divergence": sdekit.Hutchinson(fresh=False), "solver": solver}
+        host = sdekit.log_likelihood(model, x, controller=judges[controller], throw=False, **options)
+        on_tensors(monkeypatch)
+        plain = sdekit.log_likelihood(model, x, controller=judges[controller], throw=False, **options)
+        torch.testing.assert_close(host.log_prob, plain.log_prob, rtol=1e-10, atol=1e-9)
+        torch.testing.assert_close(host.solver_error, plain.solver_error, rtol=1e-4, atol=1e-9, equal_nan=True)
+        assert torch.equal(host.stats.evaluations, plain.stats.evaluations)
+
     def test_who_wrote_a_schedule_is_given_tensors(self):
         @dataclass(frozen=True)
         class Mine(sdekit.VPSDE):

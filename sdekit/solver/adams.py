@@ -194,7 +194,7 @@ class Adams(Solver):
     ) -> Proposal:
         start, depth = self._beginning, self.error_order
         begun = memory.entered >= len(start)
-        s1 = where(begun, s1, s0 + shares(start, memory.entered) * (s1 - s0))
+        s1 = where(begun, s1, s0 if len(start) == 1 else s0 + shares(start, memory.entered) * (s1 - s0))
         known = filled(start, memory.entered, depth)
         terms = known if memory.choice is None else minimum(known, memory.choice.terms)
         weigh = by_columns if self.columns else stacked

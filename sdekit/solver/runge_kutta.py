@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numbers import on_host, where, zeros_like
 from .._tensor import column, tree_map
 from ..brownian import BrownianPath
 from ..terms import Term
@@ -71,7 +72,7 @@ class RungeKutta(Solver):
         tab = self.tableau
         slopes, aux = [], None
         if tab.first_same_as_last:
-            s1 = torch.where(memory.entered > 0, s1, s0)  # the first advance evaluates in place
+            s1 = where(memory.entered > 0, s1, s0)  # the first advance evaluates in place
             slopes.append(memory.slope)
         h = s1 - s0
         for i in range(len(slopes), tab.stages):
@@ -82,10 +83,10 @@ class RungeKutta(Solver):
         error = None
         if tab.b_hat is not None:
             weights = tuple(b - b_hat for b, b_hat in zip(tab.b, tab.b_hat, strict=True))
-            error = _combine(tree_map(torch.zeros_like, z), h, weights, slopes)
+            error = _combine(tree_map(zeros_like, z), h, weights, slopes)
         kept = slopes[-1] if tab.first_same_as_last else None
         moved = _combine(z, h, tab.b, slopes)
-        return Proposal(moved, error, aux, Memory(memory.entered + 1, kept), torch.ones_like(s0, dtype=torch.bool))
+        return Proposal(moved, error, aux, Memory(memory.entered + 1, kept), memory.entered >= 0)
 
 
 def _combine(z: Any, h: Tensor, weights: tuple[Any, ...], slopes: list[Any]) -> Any:
@@ -98,6 +99,8 @@ def _combine(z: Any, h: Tensor, weights: tuple[Any, ...], slopes: list[Any]) -> 
         total = rates[0] * used[0][0]
         for (weight, _), rate in zip(used[1:], rates[1:], strict=True):
             total = total + rate * weight
+        if on_host(state):
+            return state + h[:, None] * total
         return state + column(h, state) * total.to(state.dtype)
 
     return tree_map(leaf, z, *[slope for _, slope in used])

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import at_least, at_most, listed
+from .._numbers import at_least, at_most, cat, listed
 from .._tensor import select
 from .base import counters
 
@@ -65,6 +65,8 @@ def shares(start: Start, entered: Tensor) -> Tensor:
 
 def filled(start: Start, entered: Tensor, depth: int) -> Tensor:
     """(B,) int64 how many places of a history of `depth` are filled after `entered` evaluations, from the front."""
+    if len(start) == 1:  # as they come in
+        return at_most(entered, depth)
     counts, count = [0], 0
     for _, _, overwrite in start:
         count += not overwrite
@@ -93,4 +95,4 @@ def enter(start: Start, history: History, node: Tensor, prediction: Tensor) -> H
 
 def instead(stacked: Tensor, place: int, entry: Tensor) -> Tensor:
     """(B, K, ...) with `entry` (B, ...) at `place` of the second axis."""
-    return torch.cat((stacked[:, :place], entry[:, None], stacked[:, place + 1 :]), 1)
+    return cat((stacked[:, :place], entry[:, None], stacked[:, place + 1 :]), 1)
