@@ -57,10 +57,17 @@ class MixedTime:
 
     def _both(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """s and ds/dq at q; d/dq of -log(1 + a/r), r = rho + b, is a rho / (r (r + a))."""
-        rho, wide = exp(q), _SPREAD * self.data_std
-        ratio = wide / (rho + _FLOOR * self.data_std)
+        rho, ratio = self._ratio(q)
         position = self._scale_log * (q - self._low) - self._scale_sat * (log1p(ratio) + self._base)
-        return position, self._scale_log + self._scale_sat * rho * square(ratio) / (wide * (1.0 + ratio))
+        return position, self._slope(rho, ratio)
+
+    def _ratio(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """rho and a/r."""
+        rho = exp(q)
+        return rho, _SPREAD * self.data_std / (rho + _FLOOR * self.data_std)
+
+    def _slope(self, rho: Tensor, ratio: Tensor) -> Tensor:
+        return self._scale_log + self._scale_sat / (_SPREAD * self.data_std) * rho * square(ratio) / (1.0 + ratio)
 
     def position(self, q: Tensor) -> Tensor:
         """s in [0, 1], upward, at q = log(sigma/alpha), float64, the shape of `q`."""
@@ -68,7 +75,7 @@ class MixedTime:
 
     def slope(self, q: Tensor) -> Tensor:
         """ds/dq > 0, upward, at q = log(sigma/alpha)."""
-        return self._both(q)[1]
+        return self._slope(*self._ratio(q))
 
     def log_ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """q = log(sigma/alpha) at `s` and dq/ds there, by a table and one Newton step, without a branch."""
@@ -79,7 +86,7 @@ class MixedTime:
         q = table_q[right - 1] + self._spacing * (s - left_s) / (table_s[right] - left_s)
         here, slope = self._both(q)
         q = q - (here - s) / slope
-        rate = 1.0 / self._both(q)[1]
+        rate = 1.0 / self.slope(q)
         return q, -rate if self.downward else rate
 
     def coordinate(self, t: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from .solution import Status
 from .solver.base import Solver
 from .terms import Term
 
+_RUNNING = int(Status.RUNNING)  # numpy takes its time over a member of an enumeration
+
 
 class Carry(NamedTuple):
     """Everything that evolves, (B, ...) tensors."""
@@ -64,13 +66,13 @@ def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
 
 def still_running(carry: Carry) -> Tensor:
     """How many samples still run, a number on their device."""
-    return (carry.status == Status.RUNNING).sum()
+    return (carry.status == _RUNNING).sum()
 
 
 def advance(problem: Problem, carry: Carry) -> Carry:
     """One step for every running sample: propose, judge, commit by mask."""
     term, solver, controller, s_end, path, budget = problem
-    running = carry.status == Status.RUNNING
+    running = carry.status == _RUNNING
     ready = solver.ready(carry.memory)
     s1 = where(running, controller.target(carry.s, s_end, carry.control), carry.s)
     proposal = solver.propose(term, carry.s, s1, carry.z, carry.memory, path)
@@ -85,7 +87,7 @@ def advance(problem: Problem, carry: Carry) -> Carry:
     status = where(accept & (reached == s_end), int(Status.DONE), carry.status)
     failure = where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
     status = where(failed, failure, status)
-    spent = (status == Status.RUNNING) & (evaluations + solver.evaluations > budget)
+    spent = (status == _RUNNING) & (evaluations + solver.evaluations > budget)
     return Carry(
         where(accept, reached, carry.s),
         select(accept, proposal.z, carry.z),
