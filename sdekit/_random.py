@@ -171,7 +171,7 @@ def sample_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
     if _on_host(indices):
         if len(indices) <= _FEW:
             keys = [_finalise_int(root + (index + 1) * _GAMMA) for index in indices.tolist()]
-            return torch.tensor(keys, dtype=torch.int64, device="cpu")
+            return torch.from_numpy(np.array(keys, np.int64))
         added = (_host(indices) + np.uint64(1)) * _HOST_GAMMA + np.uint64(root & _MASK)
         return torch.from_numpy(_finalise_host(added).view(np.int64))
     return _finalise(root + (indices + 1) * _GAMMA)

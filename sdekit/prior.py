@@ -13,6 +13,6 @@ from .model.score_model import ScoreModel
 def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
     """Draws of the prior keyed by (seed, index): (n, *event) in `dtype`, on the device of `indices`."""
     size = torch.Size(shape[1:]).numel()
-    keys = _random.sample_keys(seed, Stream.PRIOR, indices)
-    drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64)
-    return (drawn * model.sde.prior_std).reshape(shape).to(dtype)
+    keys, std = _random.sample_keys(seed, Stream.PRIOR, indices), model.sde.prior_std
+    drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64 if std != 1.0 else dtype)
+    return (drawn if std == 1.0 else (drawn * std).to(dtype)).reshape(shape)
