@@ -20,7 +20,7 @@ from torch import Tensor
 from ._tensor import Numbers, constant, there, tree_map
 
 Tree = TypeVar("Tree")
-_ROW = 32  # numbers from which on a loop over rows is faster than numpy's own, which goes down columns
+_ROW = 64  # numbers from which on a loop over rows is faster than numpy's own, which goes down columns
 
 
 def on_host(value: Numbers) -> bool:
@@ -69,7 +69,6 @@ isfinite = _either(np.isfinite, torch.isfinite)
 isnan = _either(np.isnan, torch.isnan)
 maximum = _either(np.maximum, torch.maximum)
 minimum = _either(np.minimum, torch.minimum)
-where = _either(np.where, torch.where)
 zeros_like = _either(np.zeros_like, torch.zeros_like)
 ones_like = _either(np.ones_like, torch.ones_like)
 full_like = _either(np.full_like, torch.full_like)
@@ -78,6 +77,15 @@ at_least = _either(np.maximum, lambda value, least: value.clamp(min=least))
 at_most = _either(np.minimum, lambda value, most: value.clamp(max=most))
 real = _either(lambda value: value.astype(np.float64), lambda value: value.double())
 whole = _either(lambda value: value.astype(np.int64), lambda value: value.long())
+
+
+def where(mask: Numbers, new: Numbers | float, old: Numbers | float) -> Tensor:
+    """`new` where the mask holds, else `old`; of two floats, float64 numbers."""
+    if isinstance(mask, np.ndarray):
+        return cast(Tensor, np.where(mask, new, old))
+    if isinstance(new, float) and isinstance(old, float):  # torch would make single precision of them
+        new = torch.full((), new, dtype=torch.float64, device=mask.device)
+    return torch.where(mask, new, old)
 
 
 def between(value: Numbers, low: float, high: float) -> Tensor:

@@ -102,7 +102,7 @@ def column(value: Numbers, like: Tensor) -> Tensor:
 
 
 def select(mask: Numbers, new: Tree, old: Tree) -> Tree:
-    """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere; leaves keep the dtype of `old`."""
+    """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere, of the same dtypes."""
     if isinstance(mask, np.ndarray) and mask.all():  # known without waiting for anything
         return new
     apart = tensor(mask)

@@ -163,6 +163,7 @@ class LikelihoodFlow(Term):
         return sde.log_alpha(t) + torch.hypot(torch.exp(-sde.half_log_snr(t)), as_time(self.model.data_std)).log()
 
     def enter(self, x: Tensor, s: Tensor) -> FlowState:
+        self._dtypes = None  # since the solve before, the network may have been cast
         u = flatten(x)
         u = u * column(torch.exp(-self.log_scale(self.time(s))), u)
         log_det = torch.zeros(x.shape[0], self.channels, dtype=torch.float64, device=x.device)
@@ -234,7 +235,7 @@ class LikelihoodFlow(Term):
         return self._fixed
 
     def _network_dtype(self, x: Tensor) -> torch.dtype:
-        """What the network computes in, looked up once: a network's parameters are a long way down."""
+        """What the network computes in, looked up once a solve: a network's parameters are a long way down."""
         if self._dtypes is None or self._dtypes[0] is not x.dtype:
             self._dtypes = x.dtype, self.model.network_dtype(x)
         return self._dtypes[1]

@@ -1,9 +1,9 @@
 """The one loop's step: advance(carry) -> carry.
 
-`advance` is pure: tensors in, tensors out, fixed shapes, no `.item()`, no branch on a tensor. It proposes a step for
-every sample, judges each on its own, and commits by mask. Whoever repeats it (driver.py) asks between steps who is
-finished; results do not depend on when, nor on who else is in the batch. So the same step runs eagerly, compiled or
-captured in a graph (runtime.py), on samples that come and go.
+`advance` is pure: tensors in, tensors out (numbers may be arrays: _numbers.py), fixed shapes, no `.item()`, no branch
+on a tensor. It proposes a step for every sample, judges each on its own, and commits by mask. Whoever repeats it
+(driver.py) asks between steps who is finished; results do not depend on when, nor on who else is in the batch. So the
+same step runs eagerly, compiled or captured in a graph (runtime.py), on samples that come and go.
 """
 
 from __future__ import annotations

@@ -51,7 +51,12 @@ class TestFunctions:
         for function in (lambda v: numbers.between(v, -2.0, 2.0), lambda v: numbers.at_least(v, 0.0), numbers.isnan):
             agree(function(bad.numpy()), function(bad))
 
-    @pytest.mark.parametrize("batch", [1, 5, 40])  # beyond some size products go row by row
+    def test_a_choice_of_two_floats_is_in_double_precision(self):
+        mask = torch.tensor([True, False])
+        for chosen in (numbers.where(mask.numpy(), 1.0, 0.1), numbers.where(mask, 1.0, 0.1)):
+            assert chosen.tolist() == [1.0, 0.1]
+
+    @pytest.mark.parametrize("batch", [1, 5, 80])  # beyond some size products go row by row
     def test_of_many(self, batch):
         factors, first = draw(batch, 3, 4, batch).double(), draw(batch + 1, 3, batch).double()
         agree(numbers.products(factors.numpy(), first.numpy()), numbers.products(factors, first))
@@ -113,6 +118,17 @@ def test_schedules_take_numbers_on_the_host(name):
             agree(ours, theirs, 1e-12)
 
 
+def test_doors_make_tensors_of_arrays():
+    t, x = np.array([0.1, 0.2]), draw(1, 2, 3).double()
+    model = MODELS["exact"].double()
+    for call in (model.score, model.velocity, lambda x, t: model.sde.perturb(x, t, x)):
+        assert torch.equal(call(x, t), call(x, torch.from_numpy(t)))
+    assert torch.equal(
+        sdekit.log_likelihood(model, x, t=t).log_prob, sdekit.log_likelihood(model, x, t=tensor(t)).log_prob
+    )
+    assert isinstance(model.sde.sigma(np.array(0.5)), Tensor)  # a number, however it is written
+
+
 TARGET = mixture(3, 5)
 FEW = {"data_std": 0.7}
 MODELS = {
@@ -152,6 +168,14 @@ class TestSolves:
         torch.testing.assert_close(host.rounding, plain.rounding, rtol=1e-3, atol=0.0)
         assert torch.equal(host.stats.evaluations, plain.stats.evaluations)
         assert torch.equal(host.status, plain.status)
+
+    def test_in_blocks_too(self, monkeypatch):
+        model = sdekit.ScoreModel(Function(lambda x, t: torch.tanh(x) * t[:, None]), SDES["vp"])
+        x = draw(8, 600, 3).double()
+        whole = sdekit.log_likelihood(model, x, tolerance=0.1)
+        parts = [sdekit.log_likelihood(model, x[rows], tolerance=0.1) for rows in (slice(0, 1), slice(1, 258))]
+        assert torch.equal(whole.log_prob[:258], torch.cat([part.log_prob for part in parts]))
+        assert torch.equal(whole.solver_error[:258], torch.cat([part.solver_error for part in parts]))
 
     def test_flows_are_too(self, monkeypatch):
         noise = draw(4, 6, 3).double()
@@ -197,6 +221,16 @@ class TestSolves:
         for sde, label in ((Mine(), sdekit.noise()), (sdekit.VPSDE(), sdekit.noise(Label()))):
             model = sdekit.ScoreModel(net, sde, label)
             assert torch.isfinite(sdekit.log_likelihood(model, x).log_prob).all()
+
+    def test_a_network_may_be_cast_between_solves(self):
+        term = sdekit.LikelihoodFlow(
+            MODELS["learned"].float(), sdekit.Exact(), torch.Size([3]), torch.zeros(2, 2, dtype=torch.int64)
+        )
+        for cast in (torch.float32, torch.float64):
+            MODELS["learned"].to(cast)
+            x = draw(1, 2, 3).to(cast)
+            found = sdekit.integrate(term, sdekit.Adams(5), sdekit.PID(1e-3, 1e-3), x, term.model.sde.t_min, 1.0)
+            assert found.x.dtype == cast
 
     def test_what_is_not_finite_is_recorded_without_a_warning_of_numpy(self):
         def broken(x, t):

@@ -11,6 +11,7 @@ from torch import nn
 
 import sdekit
 from sdekit import Status, compiled, driver
+from sdekit.solver import newton
 
 SDE = SDES["vp"]
 TARGET = mixture(3, 5)
@@ -51,6 +52,16 @@ class TestCompiled:
                 for how in ("eager", "compile")
             )
             same(fast, eager)
+
+    def test_a_method_that_begins_inside_of_its_first_step_does_too(self):
+        newton._kept.clear()  # what is made in a trace is not kept
+        options = {
+            "solver": sdekit.Adams(4, "inside"),
+            "controller": sdekit.FixedGrid(sdekit.grid.likelihood(SDE, 12).flip(0)),
+        }
+        x = TARGET.sample(5)
+        fast, eager = (sdekit.log_likelihood(EXACT, x, runtime=how, **options) for how in ("compile", "eager"))
+        same(fast, eager)
 
     def test_the_network_is_the_one_of_the_moment(self):
         net = perceptron(3, 2)

@@ -19,22 +19,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._checks import require_batch, require_positive
-from .._numbers import between, exp, on_host, sqrt
+from .._numbers import between, exp, sqrt
 from .._tensor import column, flatten
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """`t` as a float64 tensor of the same shape; float64 numbers on the host (_numbers.py) stay there."""
-    if on_host(t) and t.dtype == np.float64:  # type: ignore[union-attr]
-        return cast(Tensor, t)
+    """`t` as a float64 tensor of the same shape."""
     return torch.as_tensor(t, dtype=torch.float64)
+
+
+def time_or_array(t: Tensor | float) -> Tensor:
+    """`t` as a float64 tensor of the same shape; float64 arrays, of numbers on the host (_numbers.py), stay arrays."""
+    given: Any = t
+    if isinstance(given, np.ndarray) and given.ndim and given.dtype == np.float64:
+        return cast(Tensor, given)
+    return as_time(t)
 
 
 class SDE(ABC):
@@ -46,7 +52,7 @@ class SDE(ABC):
     2. `dlog_alpha(t)` and `dlog_sigma(t)`, their derivatives in closed form;
     3. `time_at(half_log_snr)`, the inverse of log_alpha - log_sigma, which must strictly decrease in t.
 
-    All take and return float64 tensors of any shape.
+    All take and return float64 tensors of any shape (those of this package, of float64 arrays, arrays).
     """
 
     t_min: float

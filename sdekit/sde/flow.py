@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import require_times
 from .._numbers import log, log1p, sigmoid
-from .base import SDE, as_time
+from .base import SDE, time_or_array
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class RectifiedFlow(SDE):
             raise ValueError(f"t_max={self.t_max!r}; t_max < 1 is needed: at 1 alpha is 0 and the drift infinite.")
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return log1p(-as_time(t))
+        return log1p(-time_or_array(t))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return -1.0 / (1.0 - as_time(t))
+        return -1.0 / (1.0 - time_or_array(t))
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
-        return log(as_time(t))
+        return log(time_or_array(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        return 1.0 / as_time(t)
+        return 1.0 / time_or_array(t)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
-        return sigmoid(-as_time(half_log_snr))
+        return sigmoid(-time_or_array(half_log_snr))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import require_positive, require_times
 from .._numbers import exp, full_like, log, zeros_like
-from .base import SDE, as_time
+from .base import SDE, time_or_array
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class VESDE(SDE):
         return self.sigma_min * math.exp(self._rate * self.t_max)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return zeros_like(as_time(t))
+        return zeros_like(time_or_array(t))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return zeros_like(as_time(t))
+        return zeros_like(time_or_array(t))
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
-        return math.log(self.sigma_min) + self._rate * as_time(t)
+        return math.log(self.sigma_min) + self._rate * time_or_array(t)
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        return full_like(as_time(t), self._rate)
+        return full_like(time_or_array(t), self._rate)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
-        return (-as_time(half_log_snr) - math.log(self.sigma_min)) / self._rate
+        return (-time_or_array(half_log_snr) - math.log(self.sigma_min)) / self._rate
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,16 @@ class KarrasSDE(SDE):
         return self.t_max
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return zeros_like(as_time(t))
+        return zeros_like(time_or_array(t))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return zeros_like(as_time(t))
+        return zeros_like(time_or_array(t))
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
-        return log(as_time(t))
+        return log(time_or_array(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        return 1.0 / as_time(t)
+        return 1.0 / time_or_array(t)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
-        return exp(-as_time(half_log_snr))
+        return exp(-time_or_array(half_log_snr))

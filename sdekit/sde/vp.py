@@ -39,7 +39,7 @@ from .._numbers import (
     whole,
     zeros_like,
 )
-from .base import SDE, as_time, check_beta_range
+from .base import SDE, check_beta_range, time_or_array
 
 
 def _log_sigma_vp(log_alpha: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class _LinearBeta(SDE):
         return 2.0 * integral / (self.beta_min + root)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self._integral(as_time(t))
+        return -0.5 * self._integral(time_or_array(t))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self._beta(as_time(t))
+        return -0.5 * self._beta(time_or_array(t))
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class VPSDE(_LinearBeta):
         return _log_sigma_vp(self.log_alpha(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        time = as_time(t)
+        time = time_or_array(t)
         return 0.5 * self._beta(time) / expm1(self._integral(time))
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
-        return self._time_of_integral(-2.0 * _log_alpha_at(as_time(half_log_snr)))
+        return self._time_of_integral(-2.0 * _log_alpha_at(time_or_array(half_log_snr)))
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class SubVPSDE(_LinearBeta):
         return log(-expm1(2.0 * self.log_alpha(t)))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        time = as_time(t)
+        time = time_or_array(t)
         return self._beta(time) / expm1(self._integral(time))
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         # sigma/alpha = e^{B/2} - e^{-B/2} = 2 sinh(B/2)
-        return self._time_of_integral(2.0 * asinh(0.5 * exp(-as_time(half_log_snr))))
+        return self._time_of_integral(2.0 * asinh(0.5 * exp(-time_or_array(half_log_snr))))
 
 
 @dataclass(frozen=True)
@@ -164,18 +164,18 @@ class CosineVPSDE(SDE):
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
         # cos u / cos u_0 by its logarithm; near t = 0 log1p of the difference keeps the digits that log loses.
-        turn = self._rate * as_time(t)
+        turn = self._rate * time_or_array(t)
         drop = -2.0 * sin(0.5 * turn) * sin(self._start + 0.5 * turn) / math.cos(self._start)
         return log1p(drop)
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
         # sigma^2 cos^2 u_0 = sin(u - u_0) sin(u + u_0)
-        turn = self._rate * as_time(t)
+        turn = self._rate * time_or_array(t)
         squared = sin(turn) * sin(turn + 2.0 * self._start)
         return 0.5 * log(squared) - math.log(math.cos(self._start))
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return -self._rate * tan(self._start + self._rate * as_time(t))
+        return -self._rate * tan(self._start + self._rate * time_or_array(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
         # alpha alpha' + sigma sigma' = 0
@@ -183,7 +183,7 @@ class CosineVPSDE(SDE):
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
         # u - u_0 by the addition theorem: arccos would lose half the digits where t is small.
-        snr = as_time(half_log_snr)
+        snr = time_or_array(half_log_snr)
         start_sin, start_cos = math.sin(self._start), math.cos(self._start)
         excess = start_cos**2 * exp(2.0 * _log_alpha_at(-snr))  # sin^2 u - sin^2 u_0
         sin_u, cos_u = sqrt(start_sin**2 + excess), exp(_log_alpha_at(snr)) * start_cos
@@ -271,20 +271,20 @@ class TableVPSDE(SDE):
         return knots[left] + (place - left) * slope, slope * len(self.betas)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return self._at(as_time(t))[0]
+        return self._at(time_or_array(t))[0]
 
     def dlog_alpha(self, t: Tensor | float) -> Tensor:
-        return self._at(as_time(t))[1]
+        return self._at(time_or_array(t))[1]
 
     def log_sigma(self, t: Tensor | float) -> Tensor:
         return _log_sigma_vp(self.log_alpha(t))
 
     def dlog_sigma(self, t: Tensor | float) -> Tensor:
-        value, slope = self._at(as_time(t))
+        value, slope = self._at(time_or_array(t))
         return slope * -1.0 / expm1(-2.0 * value)
 
     def time_at(self, half_log_snr: Tensor | float) -> Tensor:
-        target = _log_alpha_at(as_time(half_log_snr))
+        target = _log_alpha_at(time_or_array(half_log_snr))
         knots = beside(self._knots, target)
         right = between(searchsorted(-knots, -target), 1, len(self.betas) - 1)
         span = knots[right] - knots[right - 1]

@@ -15,7 +15,6 @@ column by column, hundreds of operations on (B,) tensors, which a compiler makes
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -97,8 +96,20 @@ class _Masks(NamedTuple):
     which: Tensor
 
 
-@lru_cache(maxsize=16)
+_kept: dict[tuple[int, bool], _Masks] = {}
+
+
 def _masks(depth: int, around: bool) -> _Masks:
+    """The masks of formulas of at most `depth` terms, made once; anew in a trace, whose tensors have no contents."""
+    if (depth, around) not in _kept:
+        made = _made_masks(depth, around)
+        if type(made.upper) is not Tensor or made.upper.is_inference():
+            return made
+        _kept[depth, around] = made
+    return _kept[depth, around]
+
+
+def _made_masks(depth: int, around: bool) -> _Masks:
     order = torch.arange(depth + 1, device="cpu")
     which = torch.stack(Formula(order, order, around, order > 0).single(depth))
     terms, known = order.repeat_interleave(depth + 1), order.repeat(depth + 1)
@@ -114,7 +125,7 @@ def stacked(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weights:
     The batch is the last axis: rows of many numbers are what numpy is quick with, as long as they stay in the cache.
     """
     batch, depth = past.shape
-    if batch > _AT_ONCE and on_host(past):
+    if on_host(past) and batch > _AT_ONCE:  # in this order: a trace leaves the batch open
         given = (past, formula, s0, s1)
         blocks = [tree_map(lambda part, k=k: part[k : k + _AT_ONCE], given) for k in range(0, batch, _AT_ONCE)]
         return Weights(*(cat(parts, 0) for parts in zip(*(stacked(*block) for block in blocks), strict=True)))
