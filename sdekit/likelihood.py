@@ -267,4 +267,6 @@ def probe_variance(term: LikelihoodFlow, solver: Solver, memory: object, state: 
         size, law = state.u.shape[1], term.divergence.law
         probe = term.divergence.draw(term.keys, torch.zeros_like(term.keys[:, 0]), size, torch.float64)
         return lone_variance(note(probe, state.product.double()[:, None]), law, size, 1)
-    return state.log_det.var(1) / state.log_det.shape[1]
+    probes = state.log_det.shape[1]
+    apart = state.log_det - state.log_det.mean(1, keepdim=True)
+    return apart.square().sum(1) / ((probes - 1) * probes)  # torch's `var` of a row depends on how many rows there are

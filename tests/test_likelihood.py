@@ -563,4 +563,4 @@ class TestGrids:
         assert out.stats.evaluations.tolist() == [96, 96, 96, 0]
         solved = out.log_det + target.marginal_log_prob(VP, out.latent, VP.t_max)
         assert (solved - target.marginal_log_prob(VP, x, t)).abs().max() < 1e-2
-        assert (watch.labels[0] >= 0.05).all()
+        assert (watch.labels[0] >= 0.05 * (1.0 - 1e-12)).all()  # times come from s, to rounding

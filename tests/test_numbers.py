@@ -171,11 +171,14 @@ class TestSolves:
 
     def test_in_blocks_too(self, monkeypatch):
         model = sdekit.ScoreModel(Function(lambda x, t: torch.tanh(x) * t[:, None]), SDES["vp"])
-        x = draw(8, 600, 3).double()
-        whole = sdekit.log_likelihood(model, x, tolerance=0.1)
-        parts = [sdekit.log_likelihood(model, x[rows], tolerance=0.1) for rows in (slice(0, 1), slice(1, 258))]
-        assert torch.equal(whole.log_prob[:258], torch.cat([part.log_prob for part in parts]))
-        assert torch.equal(whole.solver_error[:258], torch.cat([part.solver_error for part in parts]))
+        x, every = draw(8, 600, 3).double(), torch.arange(600)
+        for divergence in (sdekit.Exact(), sdekit.Hutchinson(9, fresh=False)):
+            options = {"tolerance": 0.1, "divergence": divergence}
+            whole = sdekit.log_likelihood(model, x, **options)
+            for rows in (slice(0, 1), slice(1, 258)):
+                part = sdekit.log_likelihood(model, x[rows], indices=every[rows], **options)
+                for name in ("log_prob", "std_error", "solver_error", "rounding"):
+                    assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
 
     def test_flows_are_too(self, monkeypatch):
         noise = draw(4, 6, 3).double()
