@@ -1,6 +1,6 @@
 """A sample's numbers, as a tensor or on the host: the same formulas on either.
 
-A step makes some three hundred operations on (B,) numbers: times, errors, weights, counts. On a CPU each costs five
+A step makes some three hundred operations on (B,) numbers: times, errors, weights, counts. On a CPU each costs four
 times as much by torch as by numpy, whose arrays have the same operators, and in small batches that is more than the
 network. So where a step runs operation by operation on a CPU its numbers are numpy arrays, and its states, (B, D),
 stay tensors. What is written for both is annotated `Tensor`, uses operators and indices, and finds here the functions

@@ -130,11 +130,12 @@ def test_doors_make_tensors_of_arrays():
 
 
 TARGET = mixture(3, 5)
-FEW = {"data_std": 0.7}
 MODELS = {
     "exact": TARGET.score_model(SDES["vp"]),
     "learned": sdekit.ScoreModel(perceptron(3, 2), SDES["karras"], sdekit.edm(0.7)),
-    "table": sdekit.ScoreModel(perceptron(3, 1), sdekit.TableVPSDE.linear(), sdekit.v(sdekit.table_label(1000)), **FEW),
+    "table": sdekit.ScoreModel(
+        perceptron(3, 1), sdekit.TableVPSDE.linear(), sdekit.v(sdekit.table_label(1000)), data_std=0.7
+    ),
 }
 DIVERGENCES = {
     "exact": sdekit.Exact(),

@@ -176,10 +176,10 @@ def by_columns(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weight
         row = [led[o] / ahead] + [led[o] / ((x - s1) * d) for x, d in zip(nodes, divisors, strict=False)]
         there = formula.begun & (count >= o)
         summed = there & (formula.terms >= o)
-        picked = [there & (which == o) for which in asked]
+        chosen = [there & (which == o) for which in asked]
         for j, taken in enumerate(row):
             correct[j] = correct[j] + torch.where(summed, taken, 0.0)
-            for kept, now in zip(single, picked, strict=True):
+            for kept, now in zip(single, chosen, strict=True):
                 kept[j] = torch.where(now, taken, kept[j])
         if o == depth:
             break
