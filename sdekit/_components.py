@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._tensor import there
+
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
@@ -39,8 +41,8 @@ class Components:
     def to(self, device: torch.device) -> Components:
         if self.means.device == device:
             return self
-        moved = [None if part is None else part.to(device) for part in (self.basis, self.residual)]
-        return Components(self.means.to(device), self.values.to(device), *moved)
+        moved = [None if part is None else there(part, device) for part in (self.basis, self.residual)]
+        return Components(there(self.means, device), there(self.values, device), *moved)
 
     def coordinates(self, offset: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, K, R) coordinates of (B, K, D) offsets along the eigenvectors, and what lies outside of them."""

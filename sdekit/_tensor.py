@@ -52,6 +52,11 @@ _constants: dict[tuple[Any, ...], Tensor] = {}
 _copies: Any = WeakTensorKeyDictionary()
 
 
+def may_stay(made: Tensor) -> bool:
+    """Whether a tensor can be kept for later solves: not one of a trace, without contents, nor of inference mode."""
+    return type(made) is Tensor and not made.is_inference()
+
+
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor of numbers, made once on each device: what is copied there in every step would be waited for.
 
@@ -61,7 +66,7 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
     if key in _constants:
         return _constants[key]
     made = torch.tensor(values, dtype=dtype, device=device)
-    if type(made) is Tensor and not made.is_inference():  # not one without contents, of a trace
+    if may_stay(made):
         _constants[key] = made
     return made
 
@@ -73,7 +78,7 @@ def there(table: Tensor, device: torch.device) -> Tensor:
     copies = _copies.setdefault(table, {})
     if device not in copies:
         copied = table.to(device)
-        if type(copied) is not Tensor or copied.is_inference():
+        if not may_stay(copied):
             return copied
         copies[device] = copied
     found: Tensor = copies[device]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ._checks import require_batch, require_count
 from ._components import Components, Pull
-from ._tensor import column, flatten
+from ._tensor import column, flatten, there
 from .model.parameterization import Noise, Parameterization, time_of_label
 from .model.score_model import ScoreModel
 from .sde.base import SDE, as_time
@@ -57,14 +57,14 @@ class _Target:
         time = as_time(t).to(x.device).expand(x.shape[0])
         sigma = sde.sigma(time)
         pull = self._components.to(x.device).pull(flatten(x).double(), sde.alpha(time), sigma)
-        return pull, self._log_weights.to(x.device) + pull.log_prob, sigma
+        return pull, there(self._log_weights, x.device) + pull.log_prob, sigma
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(B,) float64 exact log density of the data at `x` (B, *event), nats."""
         require_batch("x", x)
         ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
         pull = self._components.to(x.device).pull(flatten(x).double(), ones, 0.0 * ones)
-        return torch.logsumexp(self._log_weights.to(x.device) + pull.log_prob, 1)
+        return torch.logsumexp(there(self._log_weights, x.device) + pull.log_prob, 1)
 
     def marginal_log_prob(self, sde: SDE, x: Tensor, t: Tensor | float) -> Tensor:
         """(B,) float64 exact log p_t at `x` (B, *event), nats; `t` is (B,) or a number."""

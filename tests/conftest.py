@@ -21,10 +21,27 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 torch.set_num_threads(1)  # the networks are small and the workers are the parallelism: more threads only wait
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Skips the tests marked `gpu` where there is no CUDA device."""
-    if torch.cuda.is_available():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --emulate-cuda."""
+    parser.addoption("--emulate-cuda", action="store_true", help="run the tests marked gpu with the host as the device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Puts the host in the place of a CUDA device, where that is asked."""
+    if config.getoption("--emulate-cuda"):
+        import emulated_cuda
+
+        emulated_cuda.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    """Skips the tests marked `gpu` where there is no CUDA device, and where it is played those that need a real one."""
+    emulated = config.getoption("--emulate-cuda")
+    if torch.cuda.is_available() and not emulated:
         return
     for item in items:
-        if item.get_closest_marker("gpu") is not None:
+        marks = list(item.iter_markers("gpu"))
+        if marks and not emulated:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif any(not mark.kwargs.get("emulated", True) for mark in marks):
+            item.add_marker(pytest.mark.skip(reason="needs a real CUDA device"))

@@ -35,7 +35,7 @@ from .._numbers import (
     rows,
     where,
 )
-from .._tensor import tree_map
+from .._tensor import may_stay, tree_map
 
 _POINTS = (math.sqrt(3 / 7 - 2 / 7 * math.sqrt(6 / 5)), math.sqrt(3 / 7 + 2 / 7 * math.sqrt(6 / 5)))
 _WEIGHTS = ((18 + math.sqrt(30)) / 72, (18 - math.sqrt(30)) / 72)  # of Gauss's rule on [0, 1]
@@ -103,7 +103,7 @@ def _masks(depth: int, around: bool) -> _Masks:
     """The masks of formulas of at most `depth` terms, made once; anew in a trace, whose tensors have no contents."""
     if (depth, around) not in _kept:
         made = _made_masks(depth, around)
-        if type(made.upper) is not Tensor or made.upper.is_inference():
+        if not may_stay(made.upper):
             return made
         _kept[depth, around] = made
     return _kept[depth, around]

@@ -53,6 +53,7 @@ def test_samples_and_their_densities_agree():
         torch.testing.assert_close(theirs.log_prob.cpu(), ours.log_prob, rtol=0, atol=1e-7)
 
 
+@pytest.mark.gpu(emulated=False)
 def test_chunks_grow_to_what_fits_and_are_halved_where_memory_runs_out():
     device = torch.device("cuda", torch.cuda.current_device())
     free = free_bytes(device)

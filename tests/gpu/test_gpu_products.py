@@ -34,6 +34,7 @@ def test_once_a_shape_is_known_nothing_waits_for_the_device(divergence):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu(emulated=False)
 def test_where_the_device_runs_out_fewer_products_give_the_same_trace():
     x, field = draw(1, 256, 24).cuda(), field_on("cuda")
     expected = Exact(4).evaluate(field, x, None).traces

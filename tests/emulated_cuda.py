@@ -1,0 +1,251 @@
+"""A CUDA device played by the host: `pytest tests/gpu --emulate-cuda` runs the tests of a GPU where there is none.
+
+Tensors "on cuda" hold a tensor of the host, and every operation on them is run there. So the numbers are the host's,
+but what a GPU would refuse is refused: operations on tensors of two devices, in sync debug mode "error" whatever makes
+the host wait for the device, and in a capture both that and whatever comes from the host's memory. A captured graph is
+the list of its operations: a replay runs them again and writes where they wrote, so what the host decided in between
+stays as it was at the capture, as on a GPU. Not played: streams and memory, and what torch.compile would make.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from sdekit import _tensor
+from sdekit.solver import newton
+
+_setup_privateuseone_for_python_backend("played")
+
+aten = torch.ops.aten
+_MEMORY = 2**32  # bytes that the device says to have
+CUDA = torch.device("cuda", 0)
+_CARRIER = torch.device("played", 0)  # the name by which the C++ side of torch knows it
+_ASKS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.item.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
+}
+
+
+class Cuda(torch.Tensor):
+    """A tensor of the host under the name of the device."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held):
+        like = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=_CARRIER, **like)
+        made.held = held
+        return made
+
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    get_device = lambda self: 0  # noqa: E731
+
+    def __repr__(self, **_):
+        return f"Cuda({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+def _is_cuda(device):
+    return device is not None and torch.device(device).type == _CARRIER.type
+
+
+def _held(leaf):
+    return leaf.held if isinstance(leaf, Cuda) else leaf
+
+
+class _State:
+    """What the device is at: whether waiting is an error, and the graph that is captured, if one is."""
+
+    def __init__(self):
+        self.mode = "default"
+        self.capturing = None
+
+
+STATE = _State()
+
+
+def _run(func, args, kwargs):
+    """An operation, on the host in the place of the device, after a look at whether the device would take it."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, Cuda)]
+    device = kwargs.get("device")
+    made = _is_cuda(device) if device is not None else bool(there)
+    if not there and not made:
+        return func(*args, **kwargs)
+    copies = func in (aten._to_copy.default, aten.copy_.default)
+    if not copies:
+        _one_device(func, args, tensors, there)
+    if STATE.mode != "default" or STATE.capturing is not None:
+        _at_once(func, args, there, made, copies)
+    given, options = tree_map(_held, args), tree_map(_held, kwargs)
+    if device is not None:
+        options["device"] = torch.device("cpu")
+    found = func(*given, **options)
+    if func is aten._to_copy.default and any(found is value for value in tree_leaves(given)):
+        found = found.clone()
+    known = {id(tensor.held): tensor for tensor in there}
+    out = args[0] if func is aten.copy_.default else tree_map(lambda leaf: _named(leaf, known) if made else leaf, found)
+    if STATE.capturing is not None:
+        STATE.capturing.add(func, given, options, found)
+    return out
+
+
+def _named(leaf, known):
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return known[id(leaf)] if id(leaf) in known else Cuda(leaf)
+
+
+def _one_device(func, args, tensors, there):
+    """Raises where tensors of two devices meet; numbers (0-d) of the host may meet any, and indices a tensor."""
+    indices = tree_leaves(args[1]) if func in (aten.index.Tensor, aten.index_put_.default) else ()
+    for tensor in tensors:
+        if there and not isinstance(tensor, Cuda) and tensor.ndim and not any(tensor is index for index in indices):
+            raise RuntimeError(f"Expected all tensors to be on the same device: {func} of cuda:0 and cpu")
+
+
+def _at_once(func, args, there, made, copies):
+    """Raises where the host would wait for the device, or hand it something of its own memory."""
+    waits = bool(there) and func in _ASKS
+    if copies:
+        waits = any(isinstance(arg, torch.Tensor) and not isinstance(arg, Cuda) for arg in args[:2]) or not made
+        # Into pinned memory, and not waited for.
+        waits = waits and not (func is aten.copy_.default and len(args) > 2 and args[2])
+    if func in (aten.index.Tensor, aten.index_put_.default):
+        chosen = [index for index in tree_leaves(args[1]) if isinstance(index, torch.Tensor)]
+        waits = any(index.dtype in (torch.bool, torch.uint8) or not isinstance(index, Cuda) for index in chosen)
+    if waits and (STATE.mode == "error" or STATE.capturing is not None):
+        raise RuntimeError(f"called a synchronizing CUDA operation: {func}")
+    if waits:
+        warnings.warn(f"called a synchronizing CUDA operation: {func}", stacklevel=1)
+
+
+class _Operations(TorchDispatchMode):
+    """Takes operations that make a tensor on the device from none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Calls the device by the name that the C++ side knows, and sees to what goes there below operations."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_known, tuple(args)), tree_map(_known, kwargs or {})
+        kwargs.pop("pin_memory", None)  # of the host's: all of it can be copied from
+        if func is torch.Tensor.cuda:
+            return args[0].to(_CARRIER)
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") == _CARRIER:
+            rest = {name: value for name, value in kwargs.items() if name != "device"}
+            return func(*args, **rest).to(_CARRIER)
+        if func is torch.Tensor.tolist and isinstance(args[0], Cuda):
+            return args[0].cpu().tolist()
+        return func(*args, **kwargs)
+
+
+def _known(leaf):
+    named = isinstance(leaf, torch.device) or (isinstance(leaf, str) and leaf.startswith("cuda"))
+    return _CARRIER if named and torch.device(leaf).type == "cuda" else leaf
+
+
+class Graph:
+    """The operations of a capture, and where each wrote."""
+
+    def __init__(self):
+        self.operations = []
+
+    def add(self, func, args, kwargs, found):
+        if func is not aten.detach.default and not func.is_view:
+            self.operations.append((func, args, kwargs, found))
+
+    def replay(self):
+        for func, args, kwargs, found in self.operations:
+            again = func(*args, **kwargs)
+            for wrote, value in zip(tree_leaves(found), tree_leaves(again), strict=True):
+                if isinstance(wrote, torch.Tensor) and wrote is not value:
+                    wrote.copy_(value)
+
+
+@contextmanager
+def _graph(graph, **_):
+    STATE.capturing = graph
+    try:
+        yield
+    finally:
+        STATE.capturing = None
+
+
+@contextmanager
+def _nothing(*_, **__):
+    yield
+
+
+class _Event:
+    """What was asked is known from the second question on: the host goes ahead of the device by a step."""
+
+    def __init__(self, *_, **__):
+        self.asked = 0
+
+    def record(self, *_):
+        pass
+
+    def query(self):
+        self.asked += 1
+        return self.asked > 1
+
+    def synchronize(self):
+        self.asked = 2
+
+
+def _sync_mode(mode):
+    STATE.mode = mode
+
+
+def install():
+    """Puts the device in the place of torch.cuda's, for the rest of the process."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stood_for = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "current_stream": lambda *_: stream,
+        "Stream": lambda *_: stream,
+        "stream": _nothing,
+        "graph": _graph,
+        "CUDAGraph": Graph,
+        "Event": _Event,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "set_sync_debug_mode": _sync_mode,
+        "mem_get_info": lambda *_: (_MEMORY, _MEMORY),
+        "memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+    }
+    for name, value in stood_for.items():
+        setattr(torch.cuda, name, value)
+    stays = _tensor.may_stay
+    for module in (_tensor, newton):
+        module.may_stay = lambda made: stays(made) or (isinstance(made, Cuda) and stays(made.held))
+    _Operations().__enter__()
+    _Functions().__enter__()
