@@ -161,8 +161,20 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         now = now.__cause__ or now.__context__
 
 
+_holders: list[Callable[[], None]] = []
+
+
+def on_release(let_go: Callable[[], None]) -> None:
+    """Has `let_go` called where memory ran out."""
+    _holders.append(let_go)
+
+
 def release(device: torch.device) -> None:
-    """Gives what torch holds unused back to the device, and first what errors keep in cycles with their own frames."""
+    """Gives what torch and this package hold unused back to the device, and first what errors keep in cycles with their
+    own frames.
+    """
     gc.collect()
+    for let_go in _holders:
+        let_go()
     if device.type == "cuda":
         torch.cuda.empty_cache()

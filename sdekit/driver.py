@@ -135,6 +135,7 @@ def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
             if limits.progress:
                 bar.update(100.0 * (float(here.s.sum()) - start) / span - bar.n if span else 0.0)
     whole = work.all()
+    work.close()
     if stop.status is not None:
         left = torch.where(whole.status == Status.RUNNING, int(stop.status), whole.status)
         whole = whole._replace(status=left)
@@ -188,6 +189,10 @@ class _Work:
     def all(self) -> Carry:
         """The carry of all samples."""
         return self._with(self._step.carry())
+
+    def close(self) -> None:
+        """Ends the work."""
+        self._step.close()
 
     def _with(self, carry: Carry) -> Carry:
         """The carry of all samples, of those in work what is given."""

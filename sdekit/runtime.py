@@ -59,6 +59,10 @@ class Step(Protocol):
         """How many samples to have in work where `needed` of the `now` in work run."""
         ...
 
+    def close(self) -> None:
+        """Ends the work; what can serve later solves is kept for them."""
+        ...
+
 
 def require_runtime(runtime: str) -> None:
     """Raises ValueError unless `runtime` is one of those that there are."""
@@ -141,6 +145,9 @@ class Eager:
     def size(self, needed: int, now: int) -> int:
         return _fewer(needed, now)
 
+    def close(self) -> None:
+        pass
+
 
 class Compiled:
     """Fused between network calls.
@@ -167,3 +174,6 @@ class Compiled:
 
     def size(self, needed: int, now: int) -> int:
         return _fewer(needed, now)
+
+    def close(self) -> None:
+        pass

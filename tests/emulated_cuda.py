@@ -55,6 +55,7 @@ class Cuda(torch.Tensor):
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
+    data_ptr = lambda self: self.held.data_ptr()  # noqa: E731
     get_device = lambda self: 0  # noqa: E731
 
     def __repr__(self, **_):
@@ -223,7 +224,7 @@ def _sync_mode(mode):
 
 def install():
     """Puts the device in the place of torch.cuda's, for the rest of the process."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
     stood_for = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,

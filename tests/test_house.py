@@ -69,6 +69,7 @@ ORDER = [
     "fusing",
     "tracing",
     "compiled",
+    "_fingerprint",
     "captured",
     "runtime",
     "driver",

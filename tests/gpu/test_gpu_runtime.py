@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers import SDES, mixture, perceptron
 
 import sdekit
+from sdekit import _memory, captured
 from sdekit.loop import Problem, advance, begin
 
 pytestmark = pytest.mark.gpu
@@ -89,3 +91,113 @@ def test_a_network_that_asks_the_host_is_not_captured_and_says_why():
         fast = sdekit.log_likelihood(model, x, runtime="graph")
     eager = sdekit.log_likelihood(model, x, runtime="eager")
     torch.testing.assert_close(fast.log_prob, eager.log_prob, rtol=0.0, atol=1e-9)
+
+
+def solve(model, x, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return sdekit.log_likelihood(model, x, runtime="graph", **options).log_prob
+
+
+def captures(call):
+    """What a call returns, and how many graphs were captured for it."""
+    made, real = [], captured._made
+    captured._made = lambda *given: made.append(1) or real(*given)
+    try:
+        return call(), len(made)
+    finally:
+        captured._made = real
+
+
+class Changing(torch.nn.Module):
+    """A network whose output depends on things besides its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = perceptron(4, 2)
+        self.factor = 1.0
+        self.more = {"bend": lambda x: x}
+        self.register_buffer("shift", torch.zeros(4, dtype=torch.float64))
+        self.drop = torch.nn.Dropout(0.0)
+
+    def forward(self, x, label, by=0.0):
+        return self.more["bend"](self.drop(self.body(x, label)) * self.factor) + self.shift + by
+
+
+def bends(amount):
+    return lambda x: amount * x
+
+
+CHANGES = {
+    "weights in place": (lambda net: [p.data.mul_(0.5) for p in net.parameters()], 0),
+    "a buffer in place": (lambda net: net.shift.add_(1.0), 0),
+    "weights elsewhere": (lambda net: setattr(net, "shift", net.shift + 1.0), 1),
+    "a number": (lambda net: setattr(net, "factor", 0.5), 1),
+    "a function": (lambda net: net.more.update(bend=bends(0.5)), 1),
+    "a mode": (lambda net: net.drop.train(), 1),
+    "a hook": (lambda net: net.body.register_forward_hook(lambda *given: 0.5 * given[2]), 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_serves_the_next_solve_unless_the_network_has_changed(change):
+    act, expected = CHANGES[change]
+    net, x = Changing().cuda().eval(), data(12)
+    model = sdekit.ScoreModel(net, SDE)
+    _, first = captures(lambda: solve(model, x))
+    assert first >= 1
+    again, none = captures(lambda: solve(model, x + 0.1, seed=3))
+    assert none == 0
+    torch.testing.assert_close(again, sdekit.log_likelihood(model, x + 0.1, seed=3).log_prob, rtol=0.0, atol=1e-8)
+    with torch.no_grad():
+        act(net)
+    eager = sdekit.log_likelihood(model, x).log_prob
+    found, made = captures(lambda: solve(model, x))
+    assert bool(made) == bool(expected)
+    torch.testing.assert_close(found, eager, rtol=0.0, atol=1e-8)
+
+
+def test_functions_of_the_same_address_are_told_apart():
+    net, x = Changing().cuda().eval(), data(4)
+    model = sdekit.ScoreModel(net, SDE)
+    for amount in (1.0, 0.5, 0.25, 0.125):
+        net.more["bend"] = bends(amount)
+        eager = sdekit.log_likelihood(model, x).log_prob
+        torch.testing.assert_close(solve(model, x), eager, rtol=0.0, atol=1e-8)
+
+
+def test_what_is_bound_enters_the_graph_and_what_is_no_tensor_makes_another():
+    net, x = Changing().cuda().eval(), data(6)
+    model = sdekit.ScoreModel(net, SDE)
+    for by, expected in ((torch.ones(6, 4), 1), (torch.rand(6, 4), 0), (0.5, 1), (0.25, 1)):
+        other = model.condition(by=by.double().cuda() if isinstance(by, torch.Tensor) else by)
+        found, made = captures(lambda other=other: solve(other, x))
+        assert bool(made) == bool(expected)
+        torch.testing.assert_close(found, sdekit.log_likelihood(other, x).log_prob, rtol=0.0, atol=1e-8)
+
+
+def test_graphs_are_let_go_with_their_network_by_count_and_where_memory_runs_out():
+    captured.forget()
+    x = data(4)
+    model = sdekit.ScoreModel(Changing().cuda().eval(), SDE)
+    solve(model, x)
+    assert len(captured._idle) >= 1
+    del model
+    gc.collect()
+    assert not captured._idle
+    model = sdekit.ScoreModel(Changing().cuda().eval(), SDE)
+    for count in range(1, captured._KEPT + 3):
+        solve(model, x[:1].expand(count, 4) + 0.0)
+    assert len(captured._idle) == captured._KEPT
+    _memory.release(torch.device("cuda"))
+    assert not captured._idle
+
+
+def test_a_solve_that_was_stopped_gives_its_graph_back():
+    captured.forget()
+    net, x = Changing().cuda().eval(), data(5)
+    model = sdekit.ScoreModel(net, SDE)
+    sdekit.log_likelihood(model, x, runtime="graph", max_evaluations=9, throw=False)
+    assert len(captured._idle) == 1
+    _, made = captures(lambda: solve(model, x, max_evaluations=9, throw=False))
+    assert made == 0
