@@ -13,12 +13,13 @@ export PIP_BUILD_CONSTRAINT = $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thorough lint format typecheck docs bench ci clean
+.PHONY: help demo test test-gpu thorough lint format typecheck docs bench ci clean
 .SECONDARY:
 
 help:
 	@echo "make demo       evaluate the shipped digits network: bits/dim, its uncertainties, cost, a picture"
 	@echo "make test       all tests"
+	@echo "make test-gpu   the tests of a GPU, played by the host where there is none"
 	@echo "make thorough   all tests, with many more and random examples per property"
 	@echo "make lint       ruff: rules and format         make format     the same, mending what can be mended"
 	@echo "make typecheck  mypy, strict                   make docs       the documentation, warnings are errors"
@@ -37,6 +38,10 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The tests of a GPU, on one played by the host where there is none (tests/emulated_cuda.py).
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) tests/gpu $(if $(shell command -v nvidia-smi),,--emulate-cuda)
 
 thorough: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=thorough

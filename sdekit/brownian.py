@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _random
 from ._checks import require_seed
 from ._random import Stream
-from ._tensor import column
+from ._tensor import column, sent
 
 _LANES = 16  # independent draws within one accepted step
 
@@ -126,9 +126,9 @@ class IndependentIncrements(Draws):
         each = torch.cat([keys[kind] for kind, *_ in asked])
         counters = [step * _LANES + lane for *_, step, lane in asked]
         sizes = [(abs(s1 - s0) / parts[kind]) ** 0.5 if kind in parts else 1.0 for kind, s0, s1, *_ in asked]
-        counter = torch.tensor(counters, device=each.device).repeat_interleave(len(self))
+        counter = sent(counters, torch.int64, each.device).repeat_interleave(len(self))
         drawn = _random.normal(each, counter, like.shape[1:].numel(), torch.float64).reshape(len(asked), *like.shape)
-        return drawn.mul_(column(torch.tensor(sizes, dtype=torch.float64, device=each.device), drawn)).to(like.dtype)
+        return drawn.mul_(column(sent(sizes, torch.float64, each.device), drawn)).to(like.dtype)
 
     def take(self, rows: Tensor) -> IndependentIncrements:
         return self.having(tuple(part[rows] for part in self.parts()))

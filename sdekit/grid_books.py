@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._interrupt import finish_step
-from ._tensor import flatten
+from ._tensor import flatten, there
 from .divergence import Hutchinson
 from .ledger import Links, Note, settle_many
 from .likelihood_flow import FlowState, LikelihoodFlow
@@ -62,9 +62,11 @@ class Books:
 
     def __init__(self, term: LikelihoodFlow, depth: int, numbers: Numbers, z: FlowState) -> None:
         self.term, self.depth, self.numbers, self.first = term, depth, numbers, z
-        self.by_node = [part.to(z.u.device) for part in (numbers.gradient, numbers.jacobian, numbers.shift)]
+        device = z.u.device
+        self.by_node = [there(part, device) for part in (numbers.gradient, numbers.jacobian, numbers.shift)]
         sums = (numbers.move, numbers.missed, numbers.correct, numbers.error)
-        self.by_step = [part.to(z.u.device) for part in sums]
+        self.by_step = [there(part, device) for part in sums]
+        self.weight, self.scale = there(numbers.weight, device), there(numbers.scale, device)
         none = torch.zeros_like(z.log_det[:, :1])[:, 0]
         self.indicated, self.rounded, self.variance = none, none.new_zeros(len(none), 2), none
         self.log_det, self.product = z.log_det, z.product
@@ -122,7 +124,7 @@ class Books:
             law, probes = self.term.divergence.law, self.term.divergence.probes
             variance = self.variance
             if self.links is not None:
-                weight = self.numbers.weight[last : last + 1].to(u.device)
+                weight = self.weight[last : last + 1]
                 variance = variance + settle_many(self.links, None, weight, law, u.shape[1], probes)[0]
             variance = variance.clamp(min=0.0)  # as `settle` does
         return FlowState(u, self.log_det, self.product), self.rounded, variance
@@ -177,7 +179,7 @@ class Books:
             traces.mean(2) * jacobian[:, None] / size,
             (marks[:, 0] if marks.shape[1] == 1 else marks.mean(1)) * jacobian.to(marks.dtype)[:, None, None],
         )
-        weight = self.numbers.weight[max(0, first - 1) : first + count].to(products.device)
+        weight = self.weight[max(0, first - 1) : first + count]
         more, self.links = settle_many(self.links, entry, weight, divergence.law, size, divergence.probes)
         self.variance = self.variance + more
 
@@ -186,7 +188,7 @@ class Books:
         skip = int(first == 0)  # the first node is evaluated in place
         if last - first == skip:
             return
-        term, width, numbers = self.term, self.depth + 1, self.numbers
+        term, width = self.term, self.depth + 1
         steps = slice(first + skip, last)
         count, batch = last - first - skip, self.first.u.shape[0]
         seen = _rows(self.seen[-(count + 1) :])  # from the node before the first step's end on
@@ -196,7 +198,7 @@ class Books:
         steep = gradient[:, 0, None, None] * seen[1:] + gradient[:, 1, None, None] * kept[-count:]
         error = _sums(kept, self.by_step[1][steps], width)
         before = slice(first + skip - 1, last - 1)
-        scale = (1.0 / numbers.scale[before]).to(seen.device, seen.dtype)
+        scale = (1.0 / self.scale[before]).to(seen.dtype)
         state = scale[:, None, None] * seen[:-1] + _sums(kept[:-1], self.by_step[0][before], width)[-count:]
         aux = Aux(steep.flatten(0, 1), None)
         cost = term.nats(FlowState(error.flatten(0, 1), off[skip:].flatten(0, 1), None), aux)

@@ -93,11 +93,10 @@ def _run(func, args, kwargs):
     made = _is_cuda(device) if device is not None else bool(there)
     if not there and not made:
         return func(*args, **kwargs)
-    copies = func in (aten._to_copy.default, aten.copy_.default)
-    if not copies:
+    if func not in (aten._to_copy.default, aten.copy_.default):
         _one_device(func, args, tensors, there)
     if STATE.mode != "default" or STATE.capturing is not None:
-        _at_once(func, args, there, made, copies)
+        _at_once(func, args, kwargs, there, made)
     given, options = tree_map(_held, args), tree_map(_held, kwargs)
     if device is not None:
         options["device"] = torch.device("cpu")
@@ -125,13 +124,13 @@ def _one_device(func, args, tensors, there):
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} of cuda:0 and cpu")
 
 
-def _at_once(func, args, there, made, copies):
+def _at_once(func, args, kwargs, there, made):
     """Raises where the host would wait for the device, or hand it something of its own memory."""
     waits = bool(there) and func in _ASKS
-    if copies:
-        waits = any(isinstance(arg, torch.Tensor) and not isinstance(arg, Cuda) for arg in args[:2]) or not made
-        # Into pinned memory, and not waited for.
-        waits = waits and not (func is aten.copy_.default and len(args) > 2 and args[2])
+    if func is aten._to_copy.default:
+        waits = not (made and there) and not (getattr(args[0], "pinned", False) and kwargs.get("non_blocking", False))
+    if func is aten.copy_.default:
+        waits = len(there) < 2 and not (len(args) > 2 and args[2])
     if func in (aten.index.Tensor, aten.index_put_.default):
         chosen = [index for index in tree_leaves(args[1]) if isinstance(index, torch.Tensor)]
         waits = any(index.dtype in (torch.bool, torch.uint8) or not isinstance(index, Cuda) for index in chosen)
@@ -154,6 +153,10 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = tree_map(_known, tuple(args)), tree_map(_known, kwargs or {})
         kwargs.pop("pin_memory", None)  # of the host's: all of it can be copied from
+        if func is torch.Tensor.pin_memory:
+            copied = args[0].clone()
+            copied.pinned = True
+            return copied
         if func is torch.Tensor.cuda:
             return args[0].to(_CARRIER)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") == _CARRIER:

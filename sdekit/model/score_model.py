@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_batch, require_positive
-from .._tensor import column, tensor
+from .._tensor import column, sent, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
@@ -282,7 +282,7 @@ def label_rows(labels: tuple[float, ...], batch: int, dtype: torch.dtype, device
         version, rows = _labels.get(key, (0, ()))
     if rows and rows[0]._version == version:
         return rows
-    rows = torch.tensor(labels, dtype=dtype, device=device)[:, None].repeat(1, batch).unbind(0)
+    rows = sent(labels, dtype, device)[:, None].repeat(1, batch).unbind(0)
     if rows and rows[0].numel() * len(rows) <= _LABELS_LARGEST and not rows[0].is_inference():
         with _lock:
             _labels[key] = (rows[0]._version, rows)

@@ -96,7 +96,7 @@ def test_a_network_that_asks_the_host_is_not_captured_and_says_why():
 def solve(model, x, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return sdekit.log_likelihood(model, x, runtime="graph", **options).log_prob
+        return sdekit.log_likelihood(model, x, runtime="graph", **{"nodes": 6, **options}).log_prob
 
 
 def captures(call):
@@ -148,10 +148,12 @@ def test_a_graph_serves_the_next_solve_unless_the_network_has_changed(change):
     assert first >= 1
     again, none = captures(lambda: solve(model, x + 0.1, seed=3))
     assert none == 0
-    torch.testing.assert_close(again, sdekit.log_likelihood(model, x + 0.1, seed=3).log_prob, rtol=0.0, atol=1e-8)
+    torch.testing.assert_close(
+        again, sdekit.log_likelihood(model, x + 0.1, seed=3, nodes=6).log_prob, rtol=0.0, atol=1e-8
+    )
     with torch.no_grad():
         act(net)
-    eager = sdekit.log_likelihood(model, x).log_prob
+    eager = sdekit.log_likelihood(model, x, nodes=6).log_prob
     found, made = captures(lambda: solve(model, x))
     assert bool(made) == bool(expected)
     torch.testing.assert_close(found, eager, rtol=0.0, atol=1e-8)
@@ -162,7 +164,7 @@ def test_functions_of_the_same_address_are_told_apart():
     model = sdekit.ScoreModel(net, SDE)
     for amount in (1.0, 0.5, 0.25, 0.125):
         net.more["bend"] = bends(amount)
-        eager = sdekit.log_likelihood(model, x).log_prob
+        eager = sdekit.log_likelihood(model, x, nodes=6).log_prob
         torch.testing.assert_close(solve(model, x), eager, rtol=0.0, atol=1e-8)
 
 
@@ -173,7 +175,7 @@ def test_what_is_bound_enters_the_graph_and_what_is_no_tensor_makes_another():
         other = model.condition(by=by.double().cuda() if isinstance(by, torch.Tensor) else by)
         found, made = captures(lambda other=other: solve(other, x))
         assert bool(made) == bool(expected)
-        torch.testing.assert_close(found, sdekit.log_likelihood(other, x).log_prob, rtol=0.0, atol=1e-8)
+        torch.testing.assert_close(found, sdekit.log_likelihood(other, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
 
 
 def test_graphs_are_let_go_with_their_network_by_count_and_where_memory_runs_out():
@@ -197,7 +199,7 @@ def test_a_solve_that_was_stopped_gives_its_graph_back():
     captured.forget()
     net, x = Changing().cuda().eval(), data(5)
     model = sdekit.ScoreModel(net, SDE)
-    sdekit.log_likelihood(model, x, runtime="graph", max_evaluations=9, throw=False)
+    sdekit.log_likelihood(model, x, runtime="graph", nodes=6, max_evaluations=3, throw=False)
     assert len(captured._idle) == 1
-    _, made = captures(lambda: solve(model, x, max_evaluations=9, throw=False))
+    _, made = captures(lambda: solve(model, x, max_evaluations=3, throw=False))
     assert made == 0
