@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from threading import RLock
+from threading import Lock, RLock
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,7 @@ class Capture(NamedTuple):
 
 _idle: OrderedDict[Hashable, tuple[weakref.ref[nn.Module], Capture]] = OrderedDict()
 _lock = RLock()  # entered again where a network is collected within
+_capturing = Lock()  # a process can do one capture at a time
 
 
 def forget() -> None:
@@ -133,7 +134,8 @@ def _lent(problem: Problem, carry: Carry) -> tuple[Hashable, weakref.ref[nn.Modu
         torch.cuda.current_stream(carry.s.device).wait_event(capture.done)
         return key, network, capture
     try:
-        capture = _made(problem, carry)
+        with _capturing:
+            capture = _made(problem, carry)
     except NetworkError as error:  # eagerly it fails in its place, with what was done before
         raise CannotCompileError(f"the network cannot be captured: {error}") from error
     except RuntimeError as error:
@@ -165,7 +167,7 @@ def _made(problem: Problem, carry: Carry) -> Capture:
             for _ in range(_WARM_UP):  # kernels are chosen and small tables made
                 advance(problem, carry)
         here.wait_stream(stream)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # of the samples' device, whichever is the current one
             after = advance(problem, carry)
             for buffer, value in zip(leaves(carry), leaves(after), strict=True):
                 buffer.copy_(value)

@@ -159,6 +159,16 @@ def test_a_graph_serves_the_next_solve_unless_the_network_has_changed(change):
     torch.testing.assert_close(found, eager, rtol=0.0, atol=1e-8)
 
 
+@pytest.mark.parametrize("divergence", [sdekit.Hutchinson(2, fresh=False), sdekit.Hutchinson(control=True)], ids=repr)
+def test_another_solves_probes_are_its_own(divergence):
+    model, x = MODELS["network"].cuda(), data(6)
+    for seed, expected in ((0, 1), (1, 0), (2, 0)):
+        options = {"divergence": divergence, "seed": seed, "indices": torch.arange(6) + 10 * seed, "nodes": 6}
+        found, made = captures(lambda options=options: solve(model, x, **options))
+        assert bool(made) == bool(expected)
+        torch.testing.assert_close(found, sdekit.log_likelihood(model, x, **options).log_prob, rtol=0.0, atol=1e-8)
+
+
 def test_functions_of_the_same_address_are_told_apart():
     net, x = Changing().cuda().eval(), data(4)
     model = sdekit.ScoreModel(net, SDE)
