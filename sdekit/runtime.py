@@ -1,7 +1,8 @@
 """How a step runs: eagerly, compiled, or captured in a CUDA graph. The numbers are the same, to rounding.
 
     eager     operation by operation: begins at once, and takes any equation, solver and network
-    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost
+    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost;
+              on CUDA captured besides, where the network can be
     graph     one launch for the whole step, network included (captured.py): CUDA only
 
 What cannot be run as asked is run eagerly, with a warning that says why. "auto" is "eager": compiling costs more than
@@ -77,7 +78,8 @@ def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
     try:
         if runtime == "graph" and not carry.s.is_cuda:
             raise CannotCompileError(f"its samples are on {str(carry.s.device)!r}, and only CUDA has graphs")
-        step = Captured() if runtime == "graph" else Compiled(compiled(problem, carry))
+        program = compiled(problem, carry) if runtime == "compile" else None
+        step = Captured(program) if program is None or carry.s.is_cuda else Compiled(program)
     except CannotCompileError as error:
         _warn(runtime, error)
         return at_work(Eager(), runtime, problem, carry)
@@ -85,10 +87,14 @@ def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
 
 
 def at_work(step: Step, runtime: Runtime, problem: Problem, carry: Carry) -> Step:
-    """The step with these samples at work; an eager one, with a warning, where it cannot take them."""
+    """The step with these samples at work; where it cannot take them one that is compiled only, if it was that too, or
+    an eager one, with a warning.
+    """
     try:
         step.enter(problem, carry)
     except CannotCompileError as error:
+        if isinstance(step, Captured) and step.program is not None:
+            return at_work(Compiled(step.program), runtime, problem, carry)
         _warn(runtime, error)
         step = Eager()
         step.enter(problem, carry)

@@ -4,7 +4,8 @@ Tensors "on cuda" hold a tensor of the host, and every operation on them is run 
 but what a GPU would refuse is refused: operations on tensors of two devices, in sync debug mode "error" whatever makes
 the host wait for the device, and in a capture both that and whatever comes from the host's memory. A captured graph is
 the list of its operations: a replay runs them again and writes where they wrote, so what the host decided in between
-stays as it was at the capture, as on a GPU. Not played: streams and memory, and what torch.compile would make.
+stays as it was at the capture, as on a GPU. Compiled pieces are their operations
+one by one. Not played: streams, memory, and the code that a compiler makes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from sdekit import _tensor
+from sdekit import _tensor, tracing
 from sdekit.solver import newton
 
 _setup_privateuseone_for_python_backend("played")
@@ -61,13 +62,19 @@ class Cuda(torch.Tensor):
     def __repr__(self, **_):
         return f"Cuda({self.held!r})"
 
+    def __deepcopy__(self, memo):
+        made = Cuda(self.held.detach().clone()).requires_grad_(self.requires_grad)
+        made.__dict__.update({name: value for name, value in self.__dict__.items() if name == "_is_param"})
+        memo[id(self)] = made
+        return made
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
 
 def _is_cuda(device):
-    return device is not None and torch.device(device).type == _CARRIER.type
+    return device is not None and torch.device(device).type in (_CARRIER.type, CUDA.type)
 
 
 def _held(leaf):
@@ -100,6 +107,7 @@ def _run(func, args, kwargs):
     given, options = tree_map(_held, args), tree_map(_held, kwargs)
     if device is not None:
         options["device"] = torch.device("cpu")
+    func = aten.zeros.default if func is aten._efficientzerotensor.default else func  # its zeros have no memory
     found = func(*given, **options)
     if func is aten._to_copy.default and any(found is value for value in tree_leaves(given)):
         found = found.clone()
@@ -147,11 +155,36 @@ class _Operations(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+class Generator(torch.Generator):
+    """A generator of the host under the name of a device."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
+
+    def __init__(self, device="cpu"):
+        self.named = CUDA if torch.device(device).type == "cuda" else torch.device(device)
+
+    device = property(lambda self: self.named)
+
+
+def _one_generator(args, kwargs):
+    """Raises where a generator of one device is to fill a tensor of the other."""
+    like = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
+    device = torch.device(kwargs.get("device") or (like.device if like is not None else "cpu"))
+    device = CUDA if _is_cuda(device) else device
+    if kwargs["generator"].device != device:
+        raise RuntimeError(f"Expected a '{device}' device type for generator but found '{kwargs['generator'].device}'")
+
+
 class _Functions(TorchFunctionMode):
     """Calls the device by the name that the C++ side knows, and sees to what goes there below operations."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(_known, tuple(args)), tree_map(_known, kwargs or {})
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            _one_generator(args, kwargs)
         kwargs.pop("pin_memory", None)  # of the host's: all of it can be copied from
         if func is torch.Tensor.pin_memory:
             copied = args[0].clone()
@@ -162,6 +195,8 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") == _CARRIER:
             rest = {name: value for name, value in kwargs.items() if name != "device"}
             return func(*args, **rest).to(_CARRIER)
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], Cuda) and isinstance(args[1], list):
+            return func(args[0], torch.tensor(args[1], dtype=torch.int64))  # else it is made one below operations
         if func is torch.Tensor.tolist and isinstance(args[0], Cuda):
             return args[0].cpu().tolist()
         return func(*args, **kwargs)
@@ -221,6 +256,31 @@ class _Event:
         self.asked = 2
 
 
+def _trace(real):
+    """Traces with examples of the host."""
+    return lambda function, batches, *fixed: real(function, [_held(leaf) for leaf in batches], *map(_held, fixed))
+
+
+def _program(real):
+    """Its constants on the device."""
+
+    def made(parent, runs):
+        program = real(parent, runs)
+        there = [value.to(_CARRIER) if isinstance(value, torch.Tensor) else value for value in program.rest]
+        return program._replace(rest=there)
+
+    return made
+
+
+def _fused(piece, examples):
+    """A piece whose operations make their tensors on the device."""
+    for node in piece.graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", _CARRIER)
+    piece.recompile()
+    return piece
+
+
 def _sync_mode(mode):
     STATE.mode = mode
 
@@ -244,12 +304,19 @@ def install():
         "set_sync_debug_mode": _sync_mode,
         "mem_get_info": lambda *_: (_MEMORY, _MEMORY),
         "memory_reserved": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "memory_allocated": lambda *_: 0,
     }
     for name, value in stood_for.items():
         setattr(torch.cuda, name, value)
+    torch.Generator = Generator
+    torch.accelerator.current_accelerator = lambda *_, **__: CUDA
     stays = _tensor.may_stay
     for module in (_tensor, newton):
         module.may_stay = lambda made: stays(made) or (isinstance(made, Cuda) and stays(made.held))
+    tracing.trace, tracing._program, tracing.fused = _trace(tracing.trace), _program(tracing._program), _fused
     _Operations().__enter__()
     _Functions().__enter__()

@@ -10,7 +10,7 @@ import torch
 from helpers import SDES, mixture, perceptron
 
 import sdekit
-from sdekit import _memory, captured
+from sdekit import _memory, captured, compiled
 from sdekit.loop import Problem, advance, begin
 
 pytestmark = pytest.mark.gpu
@@ -47,12 +47,16 @@ def test_no_step_waits_for_the_device(name, divergence):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("slots", [None, 16])
-@pytest.mark.parametrize("runtime", ["graph", pytest.param("compile", marks=pytest.mark.gpu(emulated=False))])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "divergence", "runtime", "slots"),
+    [
+        *[(name, each, "graph", slots) for name in MODELS for each in DIVERGENCES for slots in (None, 16)],
+        ("exact", DIVERGENCES[0], "compile", None),
+        ("network", DIVERGENCES[1], "compile", 6),
+    ],
+)
 def test_densities_are_the_eager_ones(name, divergence, runtime, slots):
-    model, x = MODELS[name].cuda(), data()
+    model, x = MODELS[name].cuda(), data(40 if runtime == "graph" else 12)
     eager = sdekit.log_likelihood(model, x, divergence=divergence, runtime="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -81,16 +85,33 @@ def test_flows_and_noise_are_captured_too():
         torch.testing.assert_close(fast.x, eager.x, rtol=1e-9, atol=1e-10)
 
 
-def test_a_network_that_asks_the_host_is_not_captured_and_says_why():
-    class Asks(torch.nn.Module):
-        def forward(self, x, label):
-            return -x if float(x.detach().sum()) < 1e9 else x
+class Asks(torch.nn.Module):
+    """A network that waits for the device in its call."""
 
+    def forward(self, x, label):
+        return -x if float(x.detach().sum()) < 1e9 else x
+
+
+def test_a_network_that_asks_the_host_is_not_captured_and_says_why():
     model, x = sdekit.ScoreModel(Asks(), SDE, sdekit.score()), data(8)
+    eager = sdekit.log_likelihood(model, x, runtime="eager")
     with pytest.warns(sdekit.errors.SdekitWarning, match="captured"):
         fast = sdekit.log_likelihood(model, x, runtime="graph")
-    eager = sdekit.log_likelihood(model, x, runtime="eager")
     torch.testing.assert_close(fast.log_prob, eager.log_prob, rtol=0.0, atol=1e-9)
+
+
+def test_what_is_compiled_is_captured_too_where_the_network_can_be():
+    x = data(4)
+    for net, expected in ((Changing().cuda().eval(), 1), (Asks(), 0)):
+        model = sdekit.ScoreModel(net, SDE)
+        captured.forget()
+        eager = sdekit.log_likelihood(model, x, tolerance=0.1, runtime="eager")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fast = sdekit.log_likelihood(model, x, tolerance=0.1, runtime="compile")
+        torch.testing.assert_close(fast.log_prob, eager.log_prob, rtol=0.0, atol=1e-8)
+        assert len(captured._idle) == expected
+    assert len(compiled._programs)
 
 
 def solve(model, x, **options):
