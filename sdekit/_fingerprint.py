@@ -5,7 +5,8 @@ decided once, when it is captured. Two fingerprints are equal only where nothing
 numbers and flags in attributes, hooks, functions and what they close over, where tensors of the device lie, what those
 of the host contain. What cannot be compared by its value is compared by identity, and while it lives: an address that
 is used again is not the same object. Not seen: what a network reads from globals of modules, and what other packages
-keep outside of Python.
+keep outside of Python. What is too much to compare (a network that holds its trainer), or does not let itself be looked
+at, equals nothing, not even itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
+
+
+_MOST = 100_000  # values looked at: a large network has some 10,000
 
 
 class Same:
@@ -47,7 +51,12 @@ class Same:
 def fingerprint(*values: Any) -> Hashable:
     """What these values, networks among them, are at this moment."""
     seen: set[int] = set()
-    return (*(_of(value, seen) for value in values), _settings())
+    try:
+        found = (*(_of(value, seen) for value in values), _settings())
+        hash(found)
+    except Exception:  # attributes are anybody's code
+        return object()
+    return found
 
 
 def _of(value: Any, seen: set[int]) -> Hashable:
@@ -63,6 +72,8 @@ def _of(value: Any, seen: set[int]) -> Hashable:
         plain = value.dtype != object
         return "array", value.dtype.str, value.shape, _digest(value.tobytes()) if plain else Same(value)
     seen.add(id(value))
+    if len(seen) > _MOST:
+        raise OverflowError("too much to compare.")
     if isinstance(value, dict):
         return type(value), tuple((_of(key, seen), _of(part, seen)) for key, part in value.items())
     if isinstance(value, (set, frozenset)):

@@ -111,3 +111,27 @@ def test_what_torch_is_told_is_part_of_it():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert fingerprint(net) == before
+
+
+class Chain:
+    def __init__(self, after):
+        self.after = after
+
+
+class Sealed:
+    __slots__ = ("inside",)
+
+    def __getattribute__(self, name):
+        if name == "inside":
+            raise RuntimeError("nobody looks at this")
+        return super().__getattribute__(name)
+
+
+def test_what_cannot_be_compared_equals_nothing():
+    long = None
+    for _ in range(5_000):  # deeper than Python recurses
+        long = Chain(long)
+    for value in (long, Sealed()):
+        net = nn.Tanh()
+        net.more = value
+        assert fingerprint(net) != fingerprint(net)
