@@ -260,7 +260,7 @@ def train(
     out.parent.mkdir(parents=True, exist_ok=True)
     where, shown = opt.choose_device(device), not quiet
     if data == "digits":
-        model, architecture = train_digits(steps, seed, checkpoint, shown)
+        model, architecture = train_digits(steps, seed, checkpoint, shown, where)
     else:
         levels = None if count is None else Levels(count, low, high)
         recipe = Recipe(steps=steps, learning_rate=learning_rate, seed=seed)

@@ -103,8 +103,8 @@ def log_prob(
         s0 = term.coordinate(start)
         last = torch.ones_like(s0)
         alike = slice(1) if bool((s0 == s0[:1]).all()) else slice(None)  # one row of nodes for all where it serves
-        course = method.controller.start(term, s0[alike], last[alike]).nodes.expand(len(s0), -1)
-        z = _solved(term, method.solver, course, term.enter(state, s0))
+        rows = method.controller.start(term, s0[alike], last[alike]).nodes[:, :nodes]  # without those that fill them up
+        z = _solved(term, method.solver, rows.expand(len(s0), -1), term.enter(state, s0))
         log_prior, log_det, *_ = density(term, z, start, last, data_moments, transform)
         value = log_prior + log_det
     bad = numbers[~torch.isfinite(value.detach())]

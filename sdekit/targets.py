@@ -168,7 +168,7 @@ class Gaussian(_Target):
                 f"covariance.shape={tuple(spread.shape)} with mean.shape={tuple(center.shape)}; "
                 f"({dim}, {dim}) or variances of shape {tuple(center.shape)} are needed."
             )
-        super().__init__(torch.ones(1, dtype=torch.float64), parts, center.shape)
+        super().__init__(torch.ones(1, dtype=torch.float64, device=center.device), parts, center.shape)
 
     @classmethod
     def fit(

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import SDES, Function, draw, gaussian, mixture, perceptron, seeded
+from helpers import SDES, Function, draw, gaussian, mixture, perceptron, seeded, watched
 from torch import nn
 from torch.nn import functional as F
 
@@ -448,3 +448,15 @@ def test_a_divergence_has_a_graph_only_where_its_state_requires_one():
         assert kept.value.requires_grad
         assert kept.traces.requires_grad
         torch.testing.assert_close(plain.traces, kept.traces.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nodes", [2, 7, 65])
+def test_it_asks_the_network_once_a_node_forward_and_twice_back(nodes, learned):
+    model, watch = watched(learned[0])
+    x = draw(1, 3, 2).requires_grad_()
+    value = log_prob(model, x, nodes=nodes)
+    assert watch.calls == nodes
+    value.sum().backward()
+    assert nodes < watch.calls <= 3 * nodes
+    expected = sdekit.log_likelihood(model, x.detach(), nodes=nodes, throw=False).log_prob
+    torch.testing.assert_close(value.detach(), expected, rtol=0.0, atol=1e-9)

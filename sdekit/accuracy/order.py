@@ -102,7 +102,7 @@ def order_of(errors: Tensor, steps: Sequence[float], claimed: float, *, floor: f
         raise ValueError(f"steps={list(steps)!r}; positive, strictly decreasing steps are needed: coarsest grid first.")
     if bool((errors < 0).any()):
         raise ValueError(f"errors holds {float(errors.min()):.3g}; errors of at least 0 are needed: take norms.")
-    used, count = errors[-FINEST:].double(), errors.shape[1]
+    used, count = errors[-FINEST:].double().cpu(), errors.shape[1]
     log_steps = lengths[-FINEST:].log2()
     weights = log_steps - log_steps.mean()
     weights = weights / weights.square().sum()

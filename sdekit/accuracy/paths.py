@@ -121,6 +121,7 @@ class SharedPath(_NoUniform):
     def draw(cls, seed: int, nodes: Tensor, like: Tensor) -> SharedPath:
         """A path through `nodes` for every sample of `like` (B, *event), from the draws of `seed`."""
         batch, size, count = like.shape[0], flatten(like).shape[1], nodes.shape[0] - 1
+        nodes = nodes.to(like.device)
         keys = _random.sample_keys(seed, Stream.BROWNIAN, torch.arange(batch, device=like.device))
         drawn = _random.normal(keys, torch.zeros_like(keys), 2 * count * size, torch.float64)
         z, y = drawn.reshape(batch, 2, count, size).unbind(1)

@@ -84,7 +84,9 @@ def train_array(
     return trained.model, architecture
 
 
-def train_digits(steps: int, seed: int, checkpoint: Path, progress: bool) -> tuple[ScoreModel, Architecture]:
+def train_digits(
+    steps: int, seed: int, checkpoint: Path, progress: bool, device: torch.device
+) -> tuple[ScoreModel, Architecture]:
     """The digits network of the zoo, trained again by its own recipe, and what it is built from.
 
     Raises:
@@ -92,7 +94,7 @@ def train_digits(steps: int, seed: int, checkpoint: Path, progress: bool) -> tup
     """
     from ..zoo import digits  # needs scikit-learn
 
-    model = digits.train(steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
+    model = digits.train(steps=steps, seed=seed, checkpoint=checkpoint, progress=progress, device=device)
     _require_end(checkpoint, steps)
     return model, Architecture("digits", digits.SHAPE, 224, 3, 0.3, 0.0)
 

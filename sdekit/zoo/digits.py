@@ -223,6 +223,7 @@ def train(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    device: str | torch.device = "cpu",
 ) -> ScoreModel:
     """A newly trained model, in evaluation mode: the recipe of the shipped weights.
 
@@ -233,10 +234,11 @@ def train(
         seed: Of the weights, the batches, the noise and the dropout.
         checkpoint: A file to resume from and to save to; see `sdekit.training.train`.
         progress: Show a progress bar.
+        device: Where to train. The draws are those of its generator: another device, other draws.
     """
     data = load_split().train if levels is None else levels
     recipe = Recipe(steps=steps, learning_rate=2e-3, warmup=200, ema=0.999, clip=1.0, times=_TIMES, seed=seed)
-    model = build(histogram(data), seed=seed, width=width)
+    model = build(histogram(data), seed=seed, width=width).to(device)
     return run(model, _batches(data), recipe, checkpoint=checkpoint, progress=progress).model
 
 
@@ -269,7 +271,7 @@ def bits_per_dim(model: ScoreModel, levels: Tensor, seed: int = 0, tolerance: fl
         seed: Of the dequantisation.
         tolerance: Of the solver, nats.
     """
-    x = dequantise(levels, torch.Generator().manual_seed(seed))
+    x = dequantise(levels.cpu(), torch.Generator().manual_seed(seed)).to(levels.device)
     return log_likelihood(model, x, tolerance=tolerance).bits_per_dim(LEVELS)
 
 
