@@ -4,8 +4,8 @@ A captured graph reads weights where they lie, so weights may change in place; b
 decided once, when it is captured. Two fingerprints are equal only where nothing of that kind has changed: modes,
 numbers and flags in attributes, hooks, functions and what they close over, where tensors of the device lie, what those
 of the host contain. What cannot be compared by its value is compared by identity, and while it lives: an address that
-is used again is not the same object. Not seen: what a network reads from globals of modules, and what other packages
-keep outside of Python. What is too much to compare (a network that holds its trainer), or does not let itself be looked
+is used again is not the same object. Not seen: what a network reads from globals, and what other packages keep outside
+of Python. What is too much to compare (a network that holds its trainer), or does not let itself be looked
 at, equals nothing, not even itself.
 """
 
@@ -14,7 +14,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import weakref
-from collections.abc import Callable, Hashable
+from array import array
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -24,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
-
-
+_NUMBERS = (bool, int, float, complex, str)
 _MOST = 100_000  # values looked at: a large network has some 10,000
 
 
@@ -66,11 +67,13 @@ def _of(value: Any, seen: set[int]) -> Hashable:
         return _of_tensor(value)
     if id(value) in seen:  # as it was told before; objects of one moment do not share an address
         return "again", Same(value)
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         return type(value), tuple(_of(part, seen) for part in value)
     if isinstance(value, np.ndarray):
         plain = value.dtype != object
         return "array", value.dtype.str, value.shape, _digest(value.tobytes()) if plain else Same(value)
+    if isinstance(value, (Iterator, array)):
+        raise TypeError("its state is nowhere to be read.")
     seen.add(id(value))
     if len(seen) > _MOST:
         raise OverflowError("too much to compare.")
@@ -93,8 +96,17 @@ def _of(value: Any, seen: set[int]) -> Hashable:
 def _of_object(value: Any, seen: set[int]) -> Hashable:
     """Its identity and its attributes."""
     held = tuple((name, _of(part, seen)) for name, part in getattr(value, "__dict__", {}).items() if _says(value, part))
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
-    return Same(value), held, tuple(_of(getattr(value, name), seen) for name in slots if name != "__weakref__")
+    kinds = type(value).__mro__
+    slots = [name for kind in kinds for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
+    kept = tuple(_of(getattr(value, name), seen) for name in slots if name != "__weakref__")
+    return Same(value), held, kept, tuple(_of_class(kind, seen) for kind in kinds if id(kind) not in seen)
+
+
+def _of_class(kind: type, seen: set[int]) -> Hashable:
+    """Its functions, and its attributes that are plain."""
+    seen.add(id(kind))
+    held = [(name, part) for name, part in vars(kind).items() if isinstance(part, (FunctionType, *_NUMBERS))]
+    return kind, tuple((name, Same(part) if isinstance(part, FunctionType) else _of(part, seen)) for name, part in held)
 
 
 def _says(owner: Any, part: Any) -> bool:

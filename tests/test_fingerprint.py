@@ -31,12 +31,27 @@ def times(amount):
     return lambda x, most=1.0: amount * x
 
 
+class Scaled(nn.Module):
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def network():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
     net.scale, net.act, net.settings = 1.5, times(2.0), Settings(1.0, [1, 2])
     net.table, net.array, net.slotted = torch.arange(3.0), np.arange(3.0), Slotted("a")
     net.part, net.me, net.lost = functools.partial(torch.add, 1.0), net.forward, float("nan")
+    net.append(Scaled())
     return net
+
+
+@pytest.fixture(autouse=True)
+def _class_as_it_is():
+    before = dict(vars(Scaled))
+    yield
+    Scaled.factor, Scaled.forward = before["factor"], before["forward"]
 
 
 CHANGES = {
@@ -55,6 +70,8 @@ CHANGES = {
     "a layer like the one before": lambda net: net.__setitem__(1, nn.Tanh()),
     "a hook": lambda net: net[0].register_forward_hook(lambda *given: None),
     "a method": lambda net: setattr(net, "forward", lambda x: x),
+    "a number of a class": lambda net: setattr(Scaled, "factor", 2.0),
+    "a method of a class": lambda net: setattr(Scaled, "forward", lambda self, x: x),
     "a keyword": lambda net: setattr(net, "part", functools.partial(torch.add, 2.0)),
     "the precision": lambda net: net.half(),
     "whether it is trained": lambda net: net.requires_grad_(False),
@@ -131,7 +148,7 @@ def test_what_cannot_be_compared_equals_nothing():
     long = None
     for _ in range(5_000):  # deeper than Python recurses
         long = Chain(long)
-    for value in (long, Sealed()):
+    for value in (long, Sealed(), iter([1, 2])):
         net = nn.Tanh()
         net.more = value
         assert fingerprint(net) != fingerprint(net)
