@@ -71,6 +71,8 @@ def kind(problem: Problem, carry: Carry) -> Hashable:
     controller = FixedGrid if isinstance(problem.controller, FixedGrid) else problem.controller
     values: list[Any] = [problem.solver, model.sde, model.parameterization, model.parameterization.label]
     own: list[Any] = [type(term), controller, problem.max_evaluations, model.data_std, type(problem.path)]
+    if isinstance(problem.path, BrownianMotion):
+        own.append(problem.path.depth)
     if isinstance(term, LikelihoodFlow):
         values += [term.divergence] if term.divergence is not None else []
         own += [term.event, term.mixed.downward, term.mixed.data_std]

@@ -85,6 +85,21 @@ def test_flows_and_noise_are_captured_too():
         torch.testing.assert_close(fast.x, eager.x, rtol=1e-9, atol=1e-10)
 
 
+def test_paths_of_another_depth_and_grids_of_another_shape_are_their_own():
+    model, x, rows = MODELS["exact"].cuda(), data(5), torch.arange(5, device="cuda")
+    for depth, first in ((3, 0.1), (14, 0.1), (14, 0.2)):
+        grid = sdekit.FixedGrid(torch.linspace(1.0, first, 8, dtype=torch.float64))
+        eager, fast = (
+            sdekit.integrate(
+                *(sdekit.ReverseSDE(model), sdekit.EulerMaruyama(), grid, x, 1.0, first),
+                sdekit.BrownianMotion(1, rows, -1.0, -first, depth=depth),
+                runtime=how,
+            )
+            for how in ("eager", "graph")
+        )
+        torch.testing.assert_close(fast.x, eager.x, rtol=1e-9, atol=1e-10)
+
+
 class Asks(torch.nn.Module):
     """A network that waits for the device in its call."""
 
