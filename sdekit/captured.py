@@ -1,7 +1,7 @@
 """The step captured in a CUDA graph, network included: one launch, whatever is in it.
 
 A graph reads and writes the memory it was captured with. So the samples in work live in buffers of fixed shape; what
-enters is copied into them, and what leaves is copied out (`settled`). A smaller batch needs another graph: samples
+enters is copied into them, and what leaves is copied out (`carry`). A smaller batch needs another graph: samples
 in work shrink by halves only, and who is done stays along until then.
 
 Capturing costs as much as some tens of steps, so a graph outlives its solve and serves the next of its kind, as long as
