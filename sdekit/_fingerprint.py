@@ -99,7 +99,7 @@ def _of_object(value: Any, seen: set[int]) -> Hashable:
     kinds = type(value).__mro__
     slots = [name for kind in kinds for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
     kept = tuple(_of(getattr(value, name), seen) for name in slots if name != "__weakref__")
-    return Same(value), held, kept, tuple(_of_class(kind, seen) for kind in kinds if id(kind) not in seen)
+    return type(value), Same(value), held, kept, tuple(_of_class(kind, seen) for kind in kinds if id(kind) not in seen)
 
 
 def _of_class(kind: type, seen: set[int]) -> Hashable:

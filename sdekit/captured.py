@@ -147,6 +147,8 @@ def _lent(problem: Problem, carry: Carry, program: Program | None) -> tuple[Hash
             capture = _made(problem, carry, program)
     except NetworkError as error:  # eagerly it fails in its place, with what was done before
         raise CannotCompileError(f"the network cannot be captured: {error}") from error
+    except CannotCompileError:
+        raise
     except RuntimeError as error:
         if ran_out(error):
             forget()
@@ -177,9 +179,12 @@ def _made(problem: Problem, carry: Carry, program: Program | None) -> Capture:
             for _ in range(_WARM_UP):  # kernels are chosen and small tables made
                 step()
         here.wait_stream(stream)
+        before = fingerprint(model.net)
         with torch.cuda.graph(graph, stream=stream):  # of the samples' device, whichever is the current one
             for buffer, value in zip((*leaves(carry), left), step(), strict=True):
                 buffer.copy_(value)
+    if fingerprint(model.net) != before:
+        raise CannotCompileError("the network changes itself in its calls, or cannot be compared")
     others = ScoreModel(nn.Module(), model.sde, model.parameterization, model.data_std, around.bound)  # but no weights
     parts = having(problem, own, others)
     return Capture(graph, _tensors(problem, carry), carry, left, torch.cuda.Event(), parts)  # type: ignore[no-untyped-call]

@@ -1,8 +1,7 @@
 """How a step runs: eagerly, compiled, or captured in a CUDA graph. The numbers are the same, to rounding.
 
     eager     operation by operation: begins at once, and takes any equation, solver and network
-    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost;
-              on CUDA captured besides, where the network can be
+    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost
     graph     one launch for the whole step, network included (captured.py): CUDA only
 
 What cannot be run as asked is run eagerly, with a warning that says why. "auto" is "eager": compiling costs more than
@@ -78,8 +77,7 @@ def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
     try:
         if runtime == "graph" and not carry.s.is_cuda:
             raise CannotCompileError(f"its samples are on {str(carry.s.device)!r}, and only CUDA has graphs")
-        program = compiled(problem, carry) if runtime == "compile" else None
-        step = Captured(program) if program is None or carry.s.is_cuda else Compiled(program)
+        step = Captured() if runtime == "graph" else Compiled(compiled(problem, carry))
     except CannotCompileError as error:
         _warn(runtime, error)
         return at_work(Eager(), runtime, problem, carry)
