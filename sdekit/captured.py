@@ -8,8 +8,6 @@ Capturing costs as much as some tens of steps, so a graph outlives its solve and
 nothing has changed that the network's calls depend on (_fingerprint.py) but the contents of its weights. The eight that
 were used last are kept, none longer than its network lives, none where memory runs out.
 
-With a compiled program (compiled.py) it is that which is captured: hundreds of small operations become a few.
-
 Not captured, with the reason: networks that ask something of the host in a call (a branch on a tensor, `.item()`), and
 what compiled.py does not take.
 """
@@ -18,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from threading import Lock, RLock
 from typing import NamedTuple
@@ -29,13 +27,10 @@ from torch import Tensor, nn
 from ._fingerprint import fingerprint
 from ._memory import on_release, ran_out
 from ._tensor import leaves, tree_map
-from .compiled import run
 from .errors import NetworkError
 from .loop import Carry, Problem, advance, still_running
 from .model.score_model import ScoreModel
 from .parts import CannotCompileError, having, kind, own_parts
-from .solver.base import batch_of
-from .tracing import Program
 
 _WARM_UP = 2  # steps on a stream of their own before a capture, as torch asks for
 _LEAST = 8  # a batch smaller than that is not made smaller
@@ -79,21 +74,17 @@ on_release(forget)
 class Captured:
     """The step of a batch of one size at a time.
 
-    Args:
-        program: The step compiled, from `compiled`; None: as it runs eagerly.
-
     Raises:
         CannotCompileError: With the reason, where samples enter.
     """
 
-    def __init__(self, program: Program | None = None) -> None:
-        self.program = program
+    def __init__(self) -> None:
         self._held: tuple[Hashable, weakref.ref[nn.Module], Capture] | None = None
 
     def enter(self, problem: Problem, carry: Carry) -> None:
         if self._held is None or carry.s.shape[0] != self._capture.carry.s.shape[0]:
             self.close()
-            self._held = _lent(problem, carry, self.program)
+            self._held = _lent(problem, carry)
         for buffer, value in zip(self._capture.given, _tensors(problem, carry), strict=True):
             buffer.copy_(value)
 
@@ -126,17 +117,17 @@ class Captured:
         return self._held[2]
 
 
-def _key(problem: Problem, carry: Carry, program: Program | None) -> Hashable:
+def _key(problem: Problem, carry: Carry) -> Hashable:
     """What a graph stands for. Raises CannotCompileError for what is the user's own."""
     model = problem.term.model
     bound = {name: None if isinstance(part, Tensor) else part for name, part in model.bound.items()}
     shapes = tuple((part.dtype, part.shape) for part in _tensors(problem, carry))
-    return kind(problem, carry), shapes, program is None, fingerprint(model.net, bound)
+    return kind(problem, carry), shapes, fingerprint(model.net, bound)
 
 
-def _lent(problem: Problem, carry: Carry, program: Program | None) -> tuple[Hashable, weakref.ref[nn.Module], Capture]:
+def _lent(problem: Problem, carry: Carry) -> tuple[Hashable, weakref.ref[nn.Module], Capture]:
     """A graph for a batch of this size: one that is idle, or a new one."""
-    key, net = _key(problem, carry, program), problem.term.model.net
+    key, net = _key(problem, carry), problem.term.model.net
     with _lock:
         network, capture = _idle.pop(key, (None, None))
     if network is not None and capture is not None:
@@ -144,7 +135,7 @@ def _lent(problem: Problem, carry: Carry, program: Program | None) -> tuple[Hash
         return key, network, capture
     try:
         with _capturing:
-            capture = _made(problem, carry, program)
+            capture = _made(problem, carry)
     except NetworkError as error:  # eagerly it fails in its place, with what was done before
         raise CannotCompileError(f"the network cannot be captured: {error}") from error
     except CannotCompileError:
@@ -153,7 +144,7 @@ def _lent(problem: Problem, carry: Carry, program: Program | None) -> tuple[Hash
         if ran_out(error):
             forget()
         raise CannotCompileError(f"the step cannot be captured: {str(error).splitlines()[0]}") from error
-    return _key(problem, carry, program), weakref.ref(net, _drop), capture  # a call may have changed the network
+    return _key(problem, carry), weakref.ref(net, _drop), capture  # a call may have changed the network
 
 
 def _drop(network: weakref.ref[nn.Module]) -> None:
@@ -163,13 +154,13 @@ def _drop(network: weakref.ref[nn.Module]) -> None:
             _idle.pop(key, None)
 
 
-def _made(problem: Problem, carry: Carry, program: Program | None) -> Capture:
+def _made(problem: Problem, carry: Carry) -> Capture:
     """Captures the step of a batch of this size, in buffers of its own."""
     model, device = problem.term.model, carry.s.device
     around = model.take(torch.arange(len(carry.s), device=device))  # its condition copied
-    own = [_copy(part) for part in own_parts(problem)]
-    problem, carry = having(problem, own, around), tree_map(_copy, carry)
-    step = _eager(problem, carry) if program is None else _compiled(program, problem, own, carry)
+    own = [part.clone() for part in own_parts(problem)]
+    problem, carry = having(problem, own, around), tree_map(torch.clone, carry)
+    step = _eager(problem, carry)
     left = torch.zeros((), dtype=torch.int64, device=device)
     here, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -190,10 +181,6 @@ def _made(problem: Problem, carry: Carry, program: Program | None) -> Capture:
     return Capture(graph, _tensors(problem, carry), carry, left, torch.cuda.Event(), parts)  # type: ignore[no-untyped-call]
 
 
-def _copy(part: Tensor) -> Tensor:
-    return part.clone(memory_format=torch.contiguous_format)  # as traces have them
-
-
 def _eager(problem: Problem, carry: Carry) -> Callable[[], list[Tensor]]:
     """A step operation by operation: the leaves of the carry after it, and how many samples still run."""
 
@@ -202,14 +189,6 @@ def _eager(problem: Problem, carry: Carry) -> Callable[[], list[Tensor]]:
         return [*leaves(after), still_running(after)]
 
     return step
-
-
-def _compiled(
-    program: Program, problem: Problem, own: Sequence[Tensor], carry: Carry
-) -> Callable[[], Sequence[Tensor]]:
-    """The same by a compiled program."""
-    dtype = problem.term.model.network_dtype(batch_of(carry.z))
-    return lambda: run(program, problem.term, dtype, (*own, *leaves(carry)))
 
 
 @contextmanager

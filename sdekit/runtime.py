@@ -85,14 +85,10 @@ def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
 
 
 def at_work(step: Step, runtime: Runtime, problem: Problem, carry: Carry) -> Step:
-    """The step with these samples at work; where it cannot take them one that is compiled only, if it was that too, or
-    an eager one, with a warning.
-    """
+    """The step with these samples at work; an eager one, with a warning, where it cannot take them."""
     try:
         step.enter(problem, carry)
     except CannotCompileError as error:
-        if isinstance(step, Captured) and step.program is not None:
-            return at_work(Compiled(step.program), runtime, problem, carry)
         _warn(runtime, error)
         step = Eager()
         step.enter(problem, carry)
