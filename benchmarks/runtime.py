@@ -207,8 +207,9 @@ def main() -> None:
     report = Report("runtime", chosen)
     device = best_device()
     imports(report, chosen.quick)
-    overheads(report, device, chosen.quick)
-    beside_others(report, device, chosen.quick)
+    with sdekit.keep_graphs():  # the network stays as it is
+        overheads(report, device, chosen.quick)
+        beside_others(report, device, chosen.quick)
     report.save()
 
 

@@ -81,4 +81,4 @@ def paired(
 
 def runtimes(device: torch.device) -> tuple[str, ...]:
     """How the steps between the network's calls can be computed, as `log_likelihood` takes it."""
-    return ("eager", "compile", *(("graph",) if device.type == "cuda" else ()))
+    return ("eager", "compile", *(("graph", "compiled-graph") if device.type == "cuda" else ()))

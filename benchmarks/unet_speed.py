@@ -254,7 +254,8 @@ def main() -> None:
     chosen = arguments(__doc__)
     report = Report("unet_speed", chosen)
     for batch in (64, 256) if best_device().type == "cuda" else (2 if chosen.quick else 4,):
-        compare(report, batch, chosen.quick)
+        with sdekit.keep_graphs():  # the network stays as it is
+            compare(report, batch, chosen.quick)
     report.save()
 
 

@@ -9,6 +9,7 @@ from .bounds import Estimate, VariationalBound, sde_bound, variational_bound
 from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
 from .budget import Budget
+from .captured import keep_graphs
 from .chunking import chunked
 from .comparison import LogRatio, MeanRatio, log_ratio
 from .controller import Controller, FixedGrid, Nats
@@ -203,6 +204,7 @@ __all__ = [
     "i_mmse",
     "integrate",
     "ito_log_density",
+    "keep_graphs",
     "log_likelihood",
     "log_prob",
     "log_ratio",

@@ -4,68 +4,91 @@ A graph reads and writes the memory it was captured with. So the samples in work
 enters is copied into them, and what leaves is copied out (`carry`). A smaller batch needs another graph: samples
 in work shrink by halves only, and who is done stays along until then.
 
-Capturing costs as much as some tens of steps, so a graph outlives its solve and serves the next of its kind, as long as
-nothing has changed that the network's calls depend on (_fingerprint.py) but the contents of its weights. The eight that
-were used last are kept, none longer than its network lives, none where memory runs out.
+What Python decides in the network's call is decided once, at the capture (capture.py). So a graph ends with its solve,
+unless whoever calls says by `keep_graphs` that the network stays as it is: graphs then serve all solves of their shape.
 
-Not captured, with the reason: networks that ask something of the host in a call (a branch on a tensor, `.item()`), and
-what compiled.py does not take.
+Not captured, with the reason: networks that capture.py does not take, and what compiled.py does not.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from threading import Lock, RLock
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._fingerprint import fingerprint
 from ._memory import on_release, ran_out
-from ._tensor import leaves, tree_map
+from ._tensor import tree_map
+from .capture import Capture, captured, tensors
 from .errors import NetworkError
-from .loop import Carry, Problem, advance, still_running
+from .loop import Carry, Problem
 from .model.score_model import ScoreModel
-from .parts import CannotCompileError, having, kind, own_parts
+from .parts import CannotCompileError, kind
 
-_WARM_UP = 2  # steps on a stream of their own before a capture, as torch asks for
 _LEAST = 8  # a batch smaller than that is not made smaller
-_KEPT = 8  # graphs that no solve is using
+_KEPT = 8  # graphs held that no solve is using
 
 
-class Capture(NamedTuple):
-    """A graph and its memory.
+class Graphs:
+    """Graphs that no solve is using, those used last."""
 
-    Attributes:
-        graph: One step, of and into the buffers.
-        given: What enters: the problem's own parts, the network's condition and the leaves of the carry.
-        carry: The carry in the buffers.
-        left: How many samples still run.
-        done: When the solve before was done with it.
-        parts: What else the graph reads, kept alive.
+    def __init__(self) -> None:
+        self.idle: OrderedDict[Hashable, Capture] = OrderedDict()
+        _all.add(self)
+
+    def take(self, key: Hashable) -> Capture | None:
+        """A graph of this kind, which is the taker's from now on."""
+        return self.idle.pop(key, None)
+
+    def give(self, key: Hashable, capture: Capture) -> None:
+        """Keeps a graph for others."""
+        self.idle[key] = capture
+        while len(self.idle) > _KEPT:
+            _end(self.idle.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        """Lets all go."""
+        while self.idle:
+            _end(self.idle.popitem(last=False)[1])
+
+
+_all: WeakSet[Graphs] = WeakSet()
+_kept: ContextVar[Graphs | None] = ContextVar("graphs", default=None)
+
+
+@contextmanager
+def keep_graphs() -> Iterator[None]:
+    """A block in which graphs of `runtime="graph"` and `"compiled-graph"` are kept: solves alike capture one.
+
+    Within the block nothing may change that a call of the network depends on, but the contents of its weights, buffers
+    and conditions: numbers and functions in its attributes, hooks, globals, torch's settings are what they were at the
+    capture. (Train and eval mode, weights put in the place of others and autocast are compared.) The eight graphs used
+    last are kept, and none where memory runs out; with the block all are freed. Blocks within a block are part of it.
+
+    Returns:
+        The context.
     """
-
-    graph: torch.cuda.CUDAGraph
-    given: list[Tensor]
-    carry: Carry
-    left: Tensor
-    done: torch.cuda.Event
-    parts: Problem
-
-
-_idle: OrderedDict[Hashable, tuple[weakref.ref[nn.Module], Capture]] = OrderedDict()
-_lock = RLock()  # entered again where a network is collected within
-_capturing = Lock()  # a process can do one capture at a time
+    if _kept.get() is not None:
+        yield
+        return
+    graphs = Graphs()
+    token = _kept.set(graphs)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        graphs.clear()
 
 
 def forget() -> None:
     """Lets all graphs go that no solve is using."""
-    with _lock:
-        _idle.clear()
+    for graphs in list(_all):
+        graphs.clear()
 
 
 on_release(forget)
@@ -74,18 +97,23 @@ on_release(forget)
 class Captured:
     """The step of a batch of one size at a time.
 
+    Args:
+        fused: Whether what is captured is the step as `compiled` makes it, or operation by operation.
+
     Raises:
         CannotCompileError: With the reason, where samples enter.
     """
 
-    def __init__(self) -> None:
-        self._held: tuple[Hashable, weakref.ref[nn.Module], Capture] | None = None
+    def __init__(self, fused: bool) -> None:
+        self._fused = fused
+        self._graphs = _kept.get()
+        self._held: tuple[Hashable, Capture] | None = None
 
     def enter(self, problem: Problem, carry: Carry) -> None:
         if self._held is None or carry.s.shape[0] != self._capture.carry.s.shape[0]:
             self.close()
-            self._held = _lent(problem, carry)
-        for buffer, value in zip(self._capture.given, _tensors(problem, carry), strict=True):
+            self._held = self._lent(problem, carry)
+        for buffer, value in zip(self._capture.given, tensors(problem, carry), strict=True):
             buffer.copy_(value)
 
     def advance(self) -> Tensor:
@@ -99,110 +127,88 @@ class Captured:
         return now // 2 if now >= 2 * _LEAST and needed <= now // 2 else now
 
     def close(self) -> None:
-        """Gives the graph back, for solves to come."""
+        """Gives the graph back, for solves to come, or lets it go."""
         if self._held is None:
             return
-        key, network, capture = self._held
+        key, capture = self._held
         self._held = None
         capture.done.record(torch.cuda.current_stream(capture.left.device))
-        with _lock:
-            _idle[key] = network, capture
-            _idle.move_to_end(key)
-            while len(_idle) > _KEPT:
-                _idle.popitem(last=False)
+        if self._graphs is None:
+            _end(capture)
+        else:
+            self._graphs.give(key, capture)
 
     @property
     def _capture(self) -> Capture:
         assert self._held is not None  # lent where samples entered
-        return self._held[2]
+        return self._held[1]
+
+    def _lent(self, problem: Problem, carry: Carry) -> tuple[Hashable, Capture]:
+        """A graph for a batch of this size: one that is idle, or a new one."""
+        key = (self._fused, *_key(problem, carry))
+        capture = None if self._graphs is None else self._graphs.take(key)
+        if capture is not None:
+            torch.cuda.current_stream(carry.s.device).wait_event(capture.done)
+            return key, capture
+        try:
+            return key, captured(problem, carry, self._fused, _named(problem.term.model))
+        except (NetworkError, RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise _refused(error) from error
+        forget()  # outside of the handler, whose error holds what the capture had
+        try:
+            return key, captured(problem, carry, self._fused, _named(problem.term.model))
+        except (NetworkError, RuntimeError, MemoryError) as error:
+            raise _refused(error) from error
 
 
-def _key(problem: Problem, carry: Carry) -> Hashable:
-    """What a graph stands for. Raises CannotCompileError for what is the user's own."""
+def _refused(error: Exception) -> CannotCompileError:
+    """Why there is no graph; the first cause is what the user's network did, what follows it is what CUDA says."""
+    first = error.__cause__ or error.__context__ or error
+    what = "the network" if isinstance(error, NetworkError) else "the step"
+    return CannotCompileError(f"{what} cannot be captured: {(str(first) or repr(first)).splitlines()[0]}")
+
+
+def _end(capture: Capture) -> None:
+    """Frees a graph once the device is done with it."""
+    capture.done.synchronize()
+    capture.graph.reset()
+
+
+def _key(problem: Problem, carry: Carry) -> tuple[Hashable, ...]:
+    """What tells graphs apart that are kept; the objects named are kept alive with them (`_named`).
+
+    Raises:
+        CannotCompileError: Something is the user's own.
+    """
     model = problem.term.model
-    bound = {name: None if isinstance(part, Tensor) else part for name, part in model.bound.items()}
-    shapes = tuple((part.dtype, part.shape) for part in _tensors(problem, carry))
-    return kind(problem, carry), shapes, fingerprint(model.net, bound)
+    shapes = tuple((part.dtype, part.shape) for part in tensors(problem, carry))
+    bound = tuple((name, _value(part)) for name, part in model.bound.items())
+    modes = tuple((id(part), part.training) for part in model.net.modules())
+    places = tuple((id(part), _place(part)) for part in _weights(model))
+    casts = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return kind(problem, carry), shapes, bound, modes, places, casts
 
 
-def _lent(problem: Problem, carry: Carry) -> tuple[Hashable, weakref.ref[nn.Module], Capture]:
-    """A graph for a batch of this size: one that is idle, or a new one."""
-    key, net = _key(problem, carry), problem.term.model.net
-    with _lock:
-        network, capture = _idle.pop(key, (None, None))
-    if network is not None and capture is not None:
-        torch.cuda.current_stream(carry.s.device).wait_event(capture.done)
-        return key, network, capture
+def _named(model: ScoreModel) -> list[Any]:
+    """What a key names."""
+    return [model.net, *model.net.modules(), *_weights(model), dict(model.bound)]
+
+
+def _value(part: Any) -> Hashable:
+    """What tells one condition from another: nothing of a tensor, which enters with the samples."""
+    if isinstance(part, Tensor):
+        return None
+    return (type(part), repr(part)) if type(part) in (bool, int, float, str) else id(part)
+
+
+def _place(weight: Tensor) -> int:
+    """Where it lies; 0 where there is no one place."""
     try:
-        with _capturing:
-            capture = _made(problem, carry)
-    except NetworkError as error:  # eagerly it fails in its place, with what was done before
-        raise CannotCompileError(f"the network cannot be captured: {error}") from error
-    except CannotCompileError:
-        raise
-    except RuntimeError as error:
-        if ran_out(error):
-            forget()
-        raise CannotCompileError(f"the step cannot be captured: {str(error).splitlines()[0]}") from error
-    return _key(problem, carry), weakref.ref(net, _drop), capture  # a call may have changed the network
+        return weight.data_ptr()
+    except RuntimeError:  # sparse, or of parts
+        return 0
 
 
-def _drop(network: weakref.ref[nn.Module]) -> None:
-    """Lets the graphs of a network go that is no more."""
-    with _lock:
-        for key in [key for key, (other, _) in list(_idle.items()) if other is network]:
-            _idle.pop(key, None)
-
-
-def _made(problem: Problem, carry: Carry) -> Capture:
-    """Captures the step of a batch of this size, in buffers of its own."""
-    model, device = problem.term.model, carry.s.device
-    around = model.take(torch.arange(len(carry.s), device=device))  # its condition copied
-    own = [part.clone() for part in own_parts(problem)]
-    problem, carry = having(problem, own, around), tree_map(torch.clone, carry)
-    step = _eager(problem, carry)
-    left = torch.zeros((), dtype=torch.int64, device=device)
-    here, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(here)
-    with _own_casts():
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):  # kernels are chosen and small tables made
-                step()
-        here.wait_stream(stream)
-        before = fingerprint(model.net)
-        with torch.cuda.graph(graph, stream=stream):  # of the samples' device, whichever is the current one
-            for buffer, value in zip((*leaves(carry), left), step(), strict=True):
-                buffer.copy_(value)
-    if fingerprint(model.net) != before:
-        raise CannotCompileError("the network changes itself in its calls, or cannot be compared")
-    others = ScoreModel(nn.Module(), model.sde, model.parameterization, model.data_std, around.bound)  # but no weights
-    parts = having(problem, own, others)
-    return Capture(graph, _tensors(problem, carry), carry, left, torch.cuda.Event(), parts)  # type: ignore[no-untyped-call]
-
-
-def _eager(problem: Problem, carry: Carry) -> Callable[[], list[Tensor]]:
-    """A step operation by operation: the leaves of the carry after it, and how many samples still run."""
-
-    def step() -> list[Tensor]:
-        after = advance(problem, carry)
-        return [*leaves(after), still_running(after)]
-
-    return step
-
-
-@contextmanager
-def _own_casts() -> Iterator[None]:
-    """Casts that autocast keeps for the time of its block would be gone when a graph is replayed."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-def _tensors(problem: Problem, carry: Carry) -> list[Tensor]:
-    """All that a step reads and that belongs to its samples."""
-    bound = [value for value in problem.term.model.bound.values() if isinstance(value, Tensor)]
-    return [*own_parts(problem), *bound, *leaves(carry)]
+def _weights(model: ScoreModel) -> list[Tensor]:
+    return [*model.net.parameters(), *model.net.buffers()]

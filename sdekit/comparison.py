@@ -126,7 +126,7 @@ def log_ratio(
         max_evaluations: Network evaluations a sample and model at most.
         progress: Show progress bars.
         throw: Raise SolveError if a sample fails under either model (its `.solution` is that model's LogLikelihood).
-        runtime: "eager" (and "auto"), "compile" or "graph": how a step runs, as in `log_likelihood`.
+        runtime: How a step runs, see `log_likelihood`.
         slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:

@@ -33,6 +33,7 @@ from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem
 from .model.parameterization import Parameterization
 from .model.score_model import ScoreModel, label_rows
+from .runtime import GRAPHS
 from .sde.base import SDE
 from .solution import Status
 from .solver.adams import Adams
@@ -93,7 +94,7 @@ def _numbers(
 def usable(problem: Problem, carry: Carry, limits: Limits) -> bool:
     """Whether the loop's numbers can be had so: a fixed grid that all samples share, Adams, and values of our own."""
     term, solver, control = problem.term, problem.solver, carry.control
-    if not isinstance(problem.controller, FixedGrid) or not isinstance(control, GridState) or limits.runtime == "graph":
+    if not isinstance(problem.controller, FixedGrid) or not isinstance(control, GridState) or limits.runtime in GRAPHS:
         return False
     if type(term) is not LikelihoodFlow or not term.has_density or not term.asks_network or limits.slots is not None:
         return False

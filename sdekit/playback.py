@@ -20,7 +20,7 @@ from .errors import NetworkError
 from .integrate import finish, integrate
 from .model.score_model import ScoreModel
 from .recording import recorded, usable
-from .runtime import Runtime
+from .runtime import GRAPHS, Runtime
 from .solution import Path, Solution, Stats, Status
 from .solver.base import Solver
 from .tape import STATE, Draw, Tape, added, input_of, output_of
@@ -153,7 +153,7 @@ def _played(
     the loop says where.
     """
     limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)._replace(keep_path=return_path)
-    if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None or runtime == "graph":
+    if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None or runtime in GRAPHS:
         return 0
     began = clock.monotonic()
     try:

@@ -1,8 +1,9 @@
 """How a step runs: eagerly, compiled, or captured in a CUDA graph. The numbers are the same, to rounding.
 
-    eager     operation by operation: begins at once, and takes any equation, solver and network
-    compile   fused between network calls (compiled.py): seconds once for a kind of solve, then a fraction of the cost
-    graph     one launch for the whole step, network included (captured.py): CUDA only
+    eager            operation by operation: begins at once, and takes any equation, solver and network
+    compile          fused between network calls (compiled.py): seconds once for a kind of solve, then less a step
+    graph            one launch for the whole step, operations and network (captured.py): CUDA only
+    compiled-graph   one launch for the fused step, network included: CUDA only
 
 What cannot be run as asked is run eagerly, with a warning that says why. "auto" is "eager": compiling costs more than
 it saves in most single solves on a CPU, and graphs have not been measured yet.
@@ -33,7 +34,8 @@ from .solver.base import batch_of
 from .solver.runge_kutta import RungeKutta
 from .tracing import Program
 
-Runtime = Literal["auto", "eager", "compile", "graph"]
+Runtime = Literal["auto", "eager", "compile", "graph", "compiled-graph"]
+GRAPHS = ("graph", "compiled-graph")
 _RUNTIMES = get_args(Runtime)
 
 _COMPACT_SHARE = 0.85  # finished samples leave the batch when fewer than this share still run ...
@@ -75,9 +77,10 @@ def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
     if runtime in ("auto", "eager") or not carry.s.numel() or torch.is_grad_enabled():
         return at_work(Eager(), runtime, problem, carry)
     try:
-        if runtime == "graph" and not carry.s.is_cuda:
+        if runtime in GRAPHS and not carry.s.is_cuda:
             raise CannotCompileError(f"its samples are on {str(carry.s.device)!r}, and only CUDA has graphs")
-        step = Captured() if runtime == "graph" else Compiled(compiled(problem, carry))
+        fused = runtime == "compiled-graph"
+        step = Captured(fused) if runtime in GRAPHS else Compiled(compiled(problem, carry))
     except CannotCompileError as error:
         _warn(runtime, error)
         return at_work(Eager(), runtime, problem, carry)

@@ -108,6 +108,8 @@ def _run(func, args, kwargs):
     if device is not None:
         options["device"] = torch.device("cpu")
     func = aten.zeros.default if func is aten._efficientzerotensor.default else func  # its zeros have no memory
+    if STATE.capturing is not None:
+        STATE.capturing.remember(func, given)
     found = func(*given, **options)
     if func is aten._to_copy.default and any(found is value for value in tree_leaves(given)):
         found = found.clone()
@@ -208,14 +210,28 @@ def _known(leaf):
 
 
 class Graph:
-    """The operations of a capture, and where each wrote."""
+    """The operations of a capture, and where each wrote; a capture itself leaves everything as it was."""
 
     def __init__(self):
         self.operations = []
+        self.before = {}
+
+    def remember(self, func, args):
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.setdefault(id(value), (value, value.clone()))
+
+    def undo(self):
+        for value, before in self.before.values():
+            value.copy_(before)
+        self.before.clear()
 
     def add(self, func, args, kwargs, found):
         if func is not aten.detach.default and not func.is_view:
             self.operations.append((func, args, kwargs, found))
+
+    def reset(self):
+        self.operations.clear()
 
     def replay(self):
         for func, args, kwargs, found in self.operations:
@@ -232,6 +248,7 @@ def _graph(graph, **_):
         yield
     finally:
         STATE.capturing = None
+        graph.undo()
 
 
 @contextmanager
@@ -295,6 +312,7 @@ def install():
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
         "Stream": lambda *_: stream,
+        "is_current_stream_capturing": lambda: STATE.capturing is not None,
         "stream": _nothing,
         "graph": _graph,
         "CUDAGraph": Graph,

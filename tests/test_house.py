@@ -69,7 +69,7 @@ ORDER = [
     "fusing",
     "tracing",
     "compiled",
-    "_fingerprint",
+    "capture",
     "captured",
     "runtime",
     "driver",

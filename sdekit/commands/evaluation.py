@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ..captured import keep_graphs
 from ..divergence import Divergence
 from ..errors import PartialResultWarning, SdekitError, ToleranceWarning
 from ..likelihood import log_likelihood
@@ -153,7 +154,7 @@ def evaluate(
     done = sum(part.log_prob.shape[0] for part in parts)
     bar = tqdm(total=x.shape[0], initial=done, disable=not progress, desc="log p", unit="sample")
     try:
-        with bar, only_the_summary_warns():
+        with bar, only_the_summary_warns(), keep_graphs():
             while done < x.shape[0]:
                 rows = torch.arange(done, min(done + batch_size, x.shape[0]))
                 batch = model.take(rows.to(device)) if model.bound else model

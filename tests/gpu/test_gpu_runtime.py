@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import random
 import warnings
+import weakref
 
 import pytest
 import torch
 from helpers import SDES, mixture, perceptron
 
 import sdekit
-from sdekit import _memory, captured
+from sdekit import _memory, capture, captured
 from sdekit.loop import Problem, advance, begin
 
 pytestmark = pytest.mark.gpu
@@ -51,8 +53,8 @@ def test_no_step_waits_for_the_device(name, divergence):
     ("name", "divergence", "runtime", "slots"),
     [
         *[(name, each, "graph", slots) for name in MODELS for each in DIVERGENCES for slots in (None, 16)],
-        ("exact", DIVERGENCES[0], "compile", None),
-        ("network", DIVERGENCES[1], "compile", 6),
+        *[("exact", DIVERGENCES[0], how, None) for how in ("compile", "compiled-graph")],
+        *[("network", DIVERGENCES[1], how, 6) for how in ("compile", "compiled-graph")],
     ],
 )
 def test_densities_are_the_eager_ones(name, divergence, runtime, slots):
@@ -115,141 +117,247 @@ def test_a_network_that_asks_the_host_is_not_captured_and_says_why():
     torch.testing.assert_close(fast.log_prob, eager.log_prob, rtol=0.0, atol=1e-9)
 
 
-class Counts(torch.nn.Module):
-    """A network that counts its calls, and answers otherwise after some."""
+class Changes(torch.nn.Module):
+    """A network that answers otherwise when it is asked again."""
 
-    calls = 0
+    def __init__(self, how):
+        super().__init__()
+        self.calls, self.how = 0, how
 
     def forward(self, x, label):
         self.calls += 1
-        return -x if self.calls < 6 else -1.1 * x
+        size = {"counts": lambda: self.calls, "draws": random.random, "draws here": lambda: torch.rand_like(x)}
+        return -x * size[self.how]()
 
 
-def test_a_network_that_changes_itself_is_not_captured():
-    x = data(4)
-    eager = sdekit.log_likelihood(sdekit.ScoreModel(Counts(), SDE, sdekit.score()), x, runtime="eager", nodes=8)
-    with pytest.warns(sdekit.errors.SdekitWarning, match="changes itself"):
-        sdekit.log_likelihood(sdekit.ScoreModel(Counts(), SDE, sdekit.score()), x, runtime="graph", nodes=8)
-    assert torch.isfinite(eager.log_prob).all()
+@pytest.mark.parametrize("how", ["counts", "draws", "draws here"])
+def test_a_network_that_answers_otherwise_each_time_is_not_captured(how):
+    model, x = sdekit.ScoreModel(Changes(how), SDE, sdekit.score()), data(4)
+    with pytest.warns(sdekit.errors.SdekitWarning, match="does not answer the same"):
+        sdekit.log_likelihood(model, x, runtime="graph", nodes=8)
 
 
 def solve(model, x, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return sdekit.log_likelihood(model, x, runtime="graph", **{"nodes": 6, **options}).log_prob
+        return sdekit.log_likelihood(model, x, **{"runtime": "graph", "nodes": 6, **options}).log_prob
 
 
 def captures(call):
     """What a call returns, and how many graphs were captured for it."""
-    made, real = [], captured._made
-    captured._made = lambda *given: made.append(1) or real(*given)
+    made, real = [], captured.captured
+    captured.captured = lambda *given: made.append(1) or real(*given)
     try:
         return call(), len(made)
     finally:
-        captured._made = real
+        captured.captured = real
 
 
-class Changing(torch.nn.Module):
+class Bent(torch.nn.Module):
     """A network whose output depends on things besides its weights."""
 
     def __init__(self):
         super().__init__()
         self.body = perceptron(4, 2)
         self.factor = 1.0
-        self.more = {"bend": lambda x: x}
         self.register_buffer("shift", torch.zeros(4, dtype=torch.float64))
         self.drop = torch.nn.Dropout(0.0)
 
     def forward(self, x, label, by=0.0):
-        return self.more["bend"](self.drop(self.body(x, label)) * self.factor) + self.shift + by
+        return self.drop(self.body(x, label)) * self.factor + self.shift + by
 
 
-def bends(amount):
-    return lambda x: amount * x
+def halved(net):
+    return torch.nn.Parameter(0.5 * net.body.layers[0].weight.detach())
 
 
 CHANGES = {
     "weights in place": (lambda net: [p.data.mul_(0.5) for p in net.parameters()], 0),
     "a buffer in place": (lambda net: net.shift.add_(1.0), 0),
     "weights elsewhere": (lambda net: setattr(net, "shift", net.shift + 1.0), 1),
-    "a number": (lambda net: setattr(net, "factor", 0.5), 1),
-    "a function": (lambda net: net.more.update(bend=bends(0.5)), 1),
+    "a weight in the place of another": (lambda net: setattr(net.body.layers[0], "weight", halved(net)), 1),
     "a mode": (lambda net: net.drop.train(), 1),
-    "a hook": (lambda net: net.body.register_forward_hook(lambda *given: 0.5 * given[2]), 1),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_graph_serves_the_next_solve_unless_the_network_has_changed(change):
+def test_a_kept_graph_serves_the_next_solve_unless_modes_or_places_have_changed(change):
     act, expected = CHANGES[change]
-    net, x = Changing().cuda().eval(), data(12)
+    net, x = Bent().cuda().eval(), data(12)
     model = sdekit.ScoreModel(net, SDE)
-    _, first = captures(lambda: solve(model, x))
-    assert first >= 1
-    again, none = captures(lambda: solve(model, x + 0.1, seed=3))
-    assert none == 0
-    torch.testing.assert_close(
-        again, sdekit.log_likelihood(model, x + 0.1, seed=3, nodes=6).log_prob, rtol=0.0, atol=1e-8
-    )
-    with torch.no_grad():
-        act(net)
-    eager = sdekit.log_likelihood(model, x, nodes=6).log_prob
-    found, made = captures(lambda: solve(model, x))
+    with sdekit.keep_graphs():
+        _, first = captures(lambda: solve(model, x))
+        assert first >= 1
+        again, none = captures(lambda: solve(model, x + 0.1, seed=3))
+        assert none == 0
+        torch.testing.assert_close(
+            again, sdekit.log_likelihood(model, x + 0.1, seed=3, nodes=6).log_prob, rtol=0.0, atol=1e-8
+        )
+        with torch.no_grad():
+            act(net)
+        eager = sdekit.log_likelihood(model, x, nodes=6).log_prob
+        found, made = captures(lambda: solve(model, x))
     assert bool(made) == bool(expected)
     torch.testing.assert_close(found, eager, rtol=0.0, atol=1e-8)
+
+
+def test_without_a_word_no_graph_outlives_its_solve():
+    net, x = Bent().cuda().eval(), data(12)
+    model = sdekit.ScoreModel(net, SDE)
+    for factor in (1.0, 0.5, 0.25):
+        net.factor = factor
+        found, made = captures(lambda: solve(model, x))
+        assert made >= 1
+        torch.testing.assert_close(found, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
 
 
 @pytest.mark.parametrize("divergence", [sdekit.Hutchinson(2, fresh=False), sdekit.Hutchinson(control=True)], ids=repr)
 def test_another_solves_probes_are_its_own(divergence):
     model, x = MODELS["network"].cuda(), data(6)
-    for seed, expected in ((0, 1), (1, 0), (2, 0)):
-        options = {"divergence": divergence, "seed": seed, "indices": torch.arange(6) + 10 * seed, "nodes": 6}
-        found, made = captures(lambda options=options: solve(model, x, **options))
-        assert bool(made) == bool(expected)
-        torch.testing.assert_close(found, sdekit.log_likelihood(model, x, **options).log_prob, rtol=0.0, atol=1e-8)
+    with sdekit.keep_graphs():
+        for seed, expected in ((0, 1), (1, 0), (2, 0)):
+            options = {"divergence": divergence, "seed": seed, "indices": torch.arange(6) + 10 * seed, "nodes": 6}
+            found, made = captures(lambda options=options: solve(model, x, **options))
+            assert bool(made) == bool(expected)
+            torch.testing.assert_close(found, sdekit.log_likelihood(model, x, **options).log_prob, rtol=0.0, atol=1e-8)
 
 
-def test_functions_of_the_same_address_are_told_apart():
-    net, x = Changing().cuda().eval(), data(4)
-    model = sdekit.ScoreModel(net, SDE)
-    for amount in (1.0, 0.5, 0.25, 0.125):
-        net.more["bend"] = bends(amount)
-        eager = sdekit.log_likelihood(model, x, nodes=6).log_prob
-        torch.testing.assert_close(solve(model, x), eager, rtol=0.0, atol=1e-8)
+def test_operations_and_pieces_have_graphs_of_their_own():
+    model, x = MODELS["network"].cuda(), data(6)
+    with sdekit.keep_graphs():
+        for runtime, expected in (("graph", 1), ("compiled-graph", 1), ("graph", 0), ("compiled-graph", 0)):
+            found, made = captures(lambda runtime=runtime: solve(model, x, runtime=runtime))
+            assert bool(made) == bool(expected)
+            torch.testing.assert_close(found, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
 
 
 def test_what_is_bound_enters_the_graph_and_what_is_no_tensor_makes_another():
-    net, x = Changing().cuda().eval(), data(6)
+    net, x = Bent().cuda().eval(), data(6)
     model = sdekit.ScoreModel(net, SDE)
-    for by, expected in ((torch.ones(6, 4), 1), (torch.rand(6, 4), 0), (0.5, 1), (0.25, 1)):
-        other = model.condition(by=by.double().cuda() if isinstance(by, torch.Tensor) else by)
-        found, made = captures(lambda other=other: solve(other, x))
-        assert bool(made) == bool(expected)
-        torch.testing.assert_close(found, sdekit.log_likelihood(other, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
+    with sdekit.keep_graphs():
+        for by, expected in ((torch.ones(6, 4), 1), (torch.rand(6, 4), 0), (0.5, 1), (0.25, 1), (0.5, 0)):
+            other = model.condition(by=by.double().cuda() if isinstance(by, torch.Tensor) else by)
+            found, made = captures(lambda other=other: solve(other, x))
+            assert bool(made) == bool(expected)
+            torch.testing.assert_close(found, sdekit.log_likelihood(other, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
 
 
-def test_graphs_are_let_go_with_their_network_by_count_and_where_memory_runs_out():
-    captured.forget()
-    x = data(4)
-    model = sdekit.ScoreModel(Changing().cuda().eval(), SDE)
-    solve(model, x)
-    assert len(captured._idle) >= 1
-    del model
+def test_graphs_are_let_go_by_count_where_memory_runs_out_and_with_their_block():
+    x, bent = data(4), Bent().cuda().eval()
+    model, net = sdekit.ScoreModel(bent, SDE), weakref.ref(bent)
+    with sdekit.keep_graphs():
+        graphs = captured._kept.get()
+        for count in range(1, captured._KEPT + 3):
+            solve(model, x[:1].expand(count, 4) + 0.0)
+        assert len(graphs.idle) == captured._KEPT
+        _memory.release(torch.device("cuda"))
+        assert not graphs.idle
+        solve(model, x)
+        with sdekit.keep_graphs():  # part of the block around it
+            solve(model, x)
+        assert len(graphs.idle) == 1
+    assert not graphs.idle
+    assert captured._kept.get() is None
+    del model, bent
     gc.collect()
-    assert not captured._idle
-    model = sdekit.ScoreModel(Changing().cuda().eval(), SDE)
-    for count in range(1, captured._KEPT + 3):
-        solve(model, x[:1].expand(count, 4) + 0.0)
-    assert len(captured._idle) == captured._KEPT
-    _memory.release(torch.device("cuda"))
-    assert not captured._idle
+    assert net() is None
+
+
+def test_batches_of_one_call_share_their_graphs():
+    model, x = sdekit.ScoreModel(Bent().cuda().eval(), SDE), data(12)
+
+    def whole():
+        return sdekit.chunked(lambda part, rows: sdekit.log_likelihood(model, part, indices=rows, **how), x, chunk=4)
+
+    how = {"runtime": "graph", "nodes": 6}
+    found, made = captures(whole)
+    assert made == 1
+    torch.testing.assert_close(found.log_prob, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
 
 
 def test_a_solve_that_was_stopped_gives_its_graph_back():
-    captured.forget()
-    net, x = Changing().cuda().eval(), data(5)
-    model = sdekit.ScoreModel(net, SDE)
-    sdekit.log_likelihood(model, x, runtime="graph", nodes=6, max_evaluations=3, throw=False)
-    assert len(captured._idle) == 1
-    _, made = captures(lambda: solve(model, x, max_evaluations=3, throw=False))
-    assert made == 0
+    model, x = sdekit.ScoreModel(Bent().cuda().eval(), SDE), data(5)
+    with sdekit.keep_graphs():
+        sdekit.log_likelihood(model, x, runtime="graph", nodes=6, max_evaluations=3, throw=False)
+        assert len(captured._kept.get().idle) == 1
+        _, made = captures(lambda: solve(model, x, max_evaluations=3, throw=False))
+        assert made == 0
+
+
+class Keeps(torch.nn.Module):
+    """A network that keeps a table for the last batch size only."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = {}
+
+    def forward(self, x, label):
+        if x.shape not in self.table:
+            self.table = {x.shape: torch.full_like(x, 0.5)}
+        return -x * self.table[x.shape]
+
+
+def test_what_a_graph_reads_lives_as_long_as_it():
+    model, x = sdekit.ScoreModel(Keeps(), SDE, sdekit.score()), data(6)
+    with sdekit.keep_graphs():
+        solve(model, x)
+        table = weakref.ref(next(iter(model.net.table.values())))
+        held = captured._kept.get().idle
+        assert any(part is table() or part.data_ptr() == table().data_ptr() for part in _read(held))
+        solve(model, x[:3])
+        assert next(iter(model.net.table)) == x[:3].shape
+        torch.full_like(x, 7.0)  # would take the place of what was let go
+        found, made = captures(lambda: solve(model, x))
+        assert made == 0
+        torch.testing.assert_close(found, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
+
+
+def _read(held):
+    """The tensors that graphs keep alive."""
+    return [part for one in held.values() for part in one.reads if isinstance(part, torch.Tensor)]
+
+
+def test_a_network_that_solves_within_its_call_is_not_captured():
+    inner = MODELS["exact"].cuda()
+
+    class Solves(torch.nn.Module):
+        def forward(self, x, label):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return -sdekit.decode(inner, x.detach(), steps=2, runtime="graph").x * 0.0 - x
+
+    model, x = sdekit.ScoreModel(Solves(), SDE, sdekit.score()), data(4)
+    with pytest.warns(sdekit.errors.SdekitWarning, match="captured"):
+        found = sdekit.log_likelihood(model, x, nodes=6, runtime="graph")
+    torch.testing.assert_close(found.log_prob, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
+
+
+def test_a_capture_that_runs_out_of_memory_lets_others_go_and_tries_again():
+    model, x = sdekit.ScoreModel(Bent().cuda().eval(), SDE), data(6)
+    real, tries = captured.captured, []
+
+    def short(*given):
+        tries.append(len(captured._kept.get().idle))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    with sdekit.keep_graphs():
+        solve(model, x[:2])
+        captured.captured = short
+        try:
+            solve(model, x)
+        finally:
+            captured.captured = real
+    assert tries == [1, 0]
+
+
+def test_a_step_that_cannot_be_compiled_is_captured_as_it_is(monkeypatch):
+    def refuse(problem, carry):
+        raise capture.CannotCompileError("no compiler here")
+
+    monkeypatch.setattr(capture, "compiled", refuse)
+    model, x = MODELS["network"].cuda(), data(6)
+    with pytest.warns(sdekit.errors.SdekitWarning, match="no compiler here"):
+        found = sdekit.log_likelihood(model, x, nodes=6, runtime="compiled-graph")
+    torch.testing.assert_close(found.log_prob, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
