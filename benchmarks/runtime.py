@@ -1,8 +1,8 @@
 """What the solver adds to the network's own time, at every runtime, beside torchdiffeq, torchode and jitted diffrax.
 
 A float32 MLP (64-512x4-64), one fixed probe. Floor: one forward pass with one vector-Jacobian product, called bare (one
-forward pass for `sample`). An evaluation is one that a sample needed: a solver that keeps stepping finished samples
-pays for it. On CUDA where there is one, else CPU seconds of one thread.
+forward pass for `sample`); on CUDA that captured in a graph. An evaluation is one that a sample needed: a solver that
+keeps stepping finished samples pays for it. On CUDA where there is one, else CPU seconds of one thread.
 
 diffrax runs in a process of its own, by the interpreter named in $BENCH_JAX_PYTHON where jax is not installed here.
 """
@@ -82,6 +82,25 @@ def forwards(model: sdekit.ScoreModel, x: Tensor, calls: int) -> int:
     return calls
 
 
+def floor_of(call: Callable[[int], object], device: torch.device) -> Callable[[int], object]:
+    """So many times what `call(1)` does, with as little around it as can be: on CUDA a captured graph."""
+    if device.type != "cuda":
+        return call
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(aside):
+        call(3)
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        call(1)
+
+    def replay(times: int) -> int:
+        for _ in range(times):
+            graph.replay()
+        return times
+
+    return replay
+
+
 def diffrax_each(model: sdekit.ScoreModel, x: Tensor, probe: Tensor, repeats: int) -> tuple[float, float] | None:
     """Mean evaluations and seconds of each by jitted diffrax, in its own process; None where there is none."""
     python = os.environ.get("BENCH_JAX_PYTHON", sys.executable)
@@ -114,7 +133,8 @@ def beside_others(report: Report, device: torch.device, quick: bool) -> None:
         x = points(batch, device)
         probe = fixed_probe(x)
         repeats = 2 if quick or batch > 64 else 5
-        floor = least_each(lambda: bare(model, x, probe, 20 if batch < 1024 else 3), repeats, device)
+        asked, calls = floor_of(lambda times: bare(model, x, probe, times), device), 20 if batch < 1024 else 3
+        floor = least_each(lambda: asked(calls) and calls, repeats, device)
         tight = {"solver": sdekit.Dopri5(), "controller": sdekit.PID(TOLERANCE, TOLERANCE)}
         methods: dict[str, Callable[[], float]] = {}
         for runtime in runtimes(device):
@@ -136,6 +156,11 @@ def beside_others(report: Report, device: torch.device, quick: bool) -> None:
         report.goals.append(
             Goal(f"batch {batch}: an evaluation / that of the fastest other package", ours / best, high=1)
         )
+        if device.type == "cuda" and batch == 64:
+            slower = took["torchdiffeq dopri5"] / ours
+            report.goals.append(Goal("batch 64: torchdiffeq's evaluation / ours", slower, low=10.0))
+        if device.type == "cuda" and batch == 4096:
+            report.goals.append(Goal("batch 4096: an evaluation / the captured network", ours / floor, high=1.25))
         report.save(final=False)
 
 
@@ -153,10 +178,9 @@ def overheads(report: Report, device: torch.device, quick: bool) -> None:
     for batch in tqdm((1, 64) if quick else tuple(FIXED), desc="overhead"):
         x = points(batch, device)
         probe, repeats = fixed_probe(x), 2 if quick or batch > 64 else 12
-        floors = {
-            "vjp": lambda: bare(model, x, probe, 20 if batch < 1024 else 5),
-            "forward": lambda: forwards(model, x, 50),
-        }
+        asked, calls = floor_of(lambda times: bare(model, x, probe, times), device), 20 if batch < 1024 else 5
+        once = floor_of(lambda times: forwards(model, x, times), device)
+        floors = {"vjp": lambda: asked(calls) and calls, "forward": lambda: once(50) and 50}
         cases: list[tuple[str, str, Callable[[], float], float]] = []
         for runtime in runtimes(device):
             fresh = sdekit.Hutchinson(probes=1)

@@ -43,7 +43,7 @@ NODES = 48  # of the solves in which what is added is measured
 LADDER = (24, 32, 36, 40, 48, 64, 96, 128)
 CHECKED = 4  # samples whose error is measured
 PROBE = sdekit.Hutchinson(probes=1, fresh=False)
-_READY: set[tuple[str, float | None]] = set()  # solves whose kernels are made
+_READY: set[tuple[object, ...]] = set()  # solves whose kernels or graphs are made
 
 
 class Sized(nn.Module):
@@ -163,7 +163,9 @@ def ours(runtime: str, **how: float) -> Callable[[sdekit.ScoreModel, Tensor, Ten
                 warnings.simplefilter("ignore")
                 return sdekit.log_likelihood(model, x, divergence=PROBE, throw=False, runtime=runtime, **how)  # type: ignore[arg-type]
 
-        kind = runtime, how.get("tolerance")
+        kind: tuple[object, ...] = (runtime, how.get("tolerance"))
+        if runtime.endswith("graph"):
+            kind += (how.get("nodes"), x.shape)
         if runtime != "eager" and kind not in _READY:
             solve()
             _READY.add(kind)
