@@ -1,19 +1,23 @@
 """A step captured in a CUDA graph, in buffers of its own.
 
 What Python decides in the network's call is decided once, at the capture. So a graph is used only if its first replay
-gives what the step itself gives: networks that draw or count are told so. Networks that ask something of the host in a
-call (a branch on a tensor, `.item()`) cannot be captured.
+changes the states as the step itself does, and none of the host's random numbers were drawn: networks that draw or
+count are found out. Networks that ask something of the device in a call (a branch on a tensor, `.item()`) are too,
+before they are captured: a capture that fails leaves memory behind, in some versions of torch.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from threading import RLock
+from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,11 +27,25 @@ from ._tensor import leaves, tree_map
 from .compiled import compiled, run
 from .errors import SdekitWarning
 from .loop import Carry, Problem, advance, still_running
+from .model.score_model import ScoreModel
 from .parts import CannotCompileError, having, own_parts
 from .solver.base import batch_of
 
-_AGREES = 1e-3  # a replay and the step itself, of the largest number in a tensor: kernels may add in any order
-_capturing = RLock()  # one capture at a time
+_AGREES = 1e-3  # a replay and the step itself, of the largest change in a tensor: kernels may add in any order
+_STREAMS = 32  # that torch has of a device, handed out in turn
+_PATIENCE = 60.0  # seconds to wait for the capture of another thread
+_capturing = Lock()  # one capture at a time
+_streams: WeakSet[torch.cuda.Stream] = WeakSet()  # those of graphs
+_WAITS = {  # operations whose result the host reads, or whose shape is a result
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.unique_dim.default,
+}
 
 
 class Capture(NamedTuple):
@@ -39,6 +57,7 @@ class Capture(NamedTuple):
         carry: The carry in the buffers.
         left: How many samples still run.
         done: When the solve before was done with it.
+        stream: On which it was captured.
         reads: What else is kept alive: what the graph reads, and what its key names.
     """
 
@@ -47,6 +66,7 @@ class Capture(NamedTuple):
     carry: Carry
     left: Tensor
     done: torch.cuda.Event
+    stream: torch.cuda.Stream
     reads: list[Any]
 
 
@@ -71,27 +91,44 @@ def captured(problem: Problem, carry: Carry, fused: bool, reads: list[Any]) -> C
     step, program = _step(problem, carry, own, fused)
     left = torch.zeros((), dtype=torch.int64, device=device)
     buffers = [*leaves(carry), left]
-    here, stream, graph = torch.cuda.current_stream(device), _aside(device), torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.stream(here), _own_casts():  # that stream again, however a capture ends
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
+    here, warm, graph = torch.cuda.current_stream(device), _warm(device), torch.cuda.CUDAGraph()
+    with _own_casts():
+        warm.wait_stream(here)
+        with torch.cuda.stream(warm):
             step()  # kernels are chosen and small tables made
-            with _Read() as read:
-                wanted = step()
-        here.wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            _write(buffers, step())
+            with torch.compiler.set_stance("force_eager"), _Read() as read:  # a compiled network knows no such mode
+                step()
+            drawn = _drawn(device)
+            wanted = step()
+        here.wait_stream(warm)
+        if _drawn(device) != drawn:
+            raise CannotCompileError("the network draws random numbers")
+        before = [buffer.clone() for buffer in buffers]
+        stream = _record(graph, here, lambda: _write(buffers, step()))
         graph.replay()
-    least = batch_of(carry.z).numel()  # states and slopes: an estimate of errors may be all rounding
-    checked = [
-        _agree(*pair)
-        for pair in zip(buffers, wanted, strict=True)
-        if pair[0].numel() >= least and pair[0].is_floating_point()
-    ]
-    if not bool(torch.stack(checked).all()):
+    if not _agree(before, buffers, wanted, batch_of(carry.z).numel(), model):
         raise CannotCompileError("the network does not answer the same when it is asked again")
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    return Capture(graph, tensors(problem, carry), carry, left, done, [problem, program, *read.found, *reads])
+    reads = [problem, program, *read.found, *reads]
+    return Capture(graph, tensors(problem, carry), carry, left, done, stream, reads)
+
+
+def _record(graph: torch.cuda.CUDAGraph, here: torch.cuda.Stream, call: Callable[[], None]) -> torch.cuda.Stream:
+    """Captures what a call does; the stream it was captured on, which no other graph may share.
+
+    The workspaces of matrix products belong to a stream. A graph keeps their address, and torch frees those of its
+    stream with it.
+    """
+    if not _capturing.acquire(timeout=_PATIENCE):
+        raise CannotCompileError("another thread's capture does not end")
+    try:
+        stream = _alone(here.device)
+        again = torch.cuda.stream(here)  # however a capture ends
+        with again, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            call()
+    finally:
+        _capturing.release()
+    return stream
 
 
 def _step(problem: Problem, carry: Carry, own: list[Tensor], fused: bool) -> tuple[Callable[[], list[Tensor]], object]:
@@ -125,12 +162,32 @@ def _write(buffers: list[Tensor], values: list[Tensor]) -> None:
         buffer.copy_(value)
 
 
-def _agree(found: Tensor, wanted: Tensor) -> Tensor:
-    """Whether a replay has left what the step itself gives."""
-    known = wanted.isfinite()
-    scale = torch.where(known, wanted, 0.0).abs().max()
-    same = torch.where(known, (found - wanted).abs() <= _AGREES * scale, found.isfinite() == known)
-    return same.all()
+def _agree(before: list[Tensor], found: list[Tensor], wanted: list[Tensor], least: int, model: ScoreModel) -> bool:
+    """Whether a replay has changed states and slopes as the step itself does.
+
+    Estimates of errors, which are smaller than `least` numbers, may be all rounding.
+    """
+    answers = model.network_dtype(wanted[0])
+    if torch.is_autocast_enabled("cuda"):
+        answers = torch.get_autocast_dtype("cuda")
+    share = _AGREES + 16 * torch.finfo(answers).eps
+    checked = []
+    for old, new, other in zip(before, found, wanted, strict=True):
+        if other.numel() < least or not other.is_floating_point():
+            continue
+        known = other.isfinite()
+        change = torch.where(known, other - old, 0.0).abs().max()
+        size = torch.where(known, other, 0.0).abs().max()
+        close = (new - other).abs() <= share * change + 64 * torch.finfo(other.dtype).eps * size
+        checked.append(torch.where(known, close, new.isfinite() == known).all())
+    return bool(torch.stack(checked).all())
+
+
+def _drawn(device: torch.device) -> list[object]:
+    """What tells whether random numbers have been drawn."""
+    own = torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    return [random.getstate(), numpy[1].tobytes(), numpy[2], *(part.numpy().tobytes() for part in own)]
 
 
 class _Read(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -138,6 +195,9 @@ class _Read(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         found: Those tensors.
+
+    Raises:
+        CannotCompileError: An operation waits for the device.
     """
 
     def __init__(self) -> None:
@@ -146,19 +206,42 @@ class _Read(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._known:
-                self._known.add(leaf.untyped_storage()._cdata)
-                self.found.append(leaf.detach())
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.found += [leaf.detach() for leaf in given if self._new(leaf)]
         out = func(*args, **(kwargs or {}))
-        self._known.update(leaf.untyped_storage()._cdata for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(leaf.is_cuda for leaf in given) and (func in _WAITS or any(leaf.is_cpu for leaf in made)):
+            raise CannotCompileError(f"the network cannot be captured: it waits for the device ({func})")
+        for leaf in made:
+            self._new(leaf)
         return out
+
+    def _new(self, leaf: Tensor) -> bool:
+        """Whether its memory has not been met."""
+        try:
+            place = leaf.untyped_storage()._cdata
+        except NotImplementedError:  # sparse, or another's
+            return True
+        new = place not in self._known
+        self._known.add(place)
+        return new
 
 
 @lru_cache(maxsize=64)
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which the steps of a device are captured."""
+def _warm(device: torch.device) -> torch.cuda.Stream:
+    """Where steps run before they are captured."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _alone(device: torch.device) -> torch.cuda.Stream:
+    """A stream on which no graph was captured that still is."""
+    taken = {stream.cuda_stream for stream in _streams} | {_warm(device).cuda_stream}
+    for _ in range(_STREAMS):
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if stream.cuda_stream not in taken:
+            _streams.add(stream)
+            return stream
+    raise CannotCompileError(f"{len(_streams)} graphs are alive, and each has a stream of its own")
 
 
 @contextmanager

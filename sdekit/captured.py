@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
@@ -35,45 +35,78 @@ _KEPT = 8  # graphs held that no solve is using
 
 
 class Graphs:
-    """Graphs that no solve is using, those used last."""
+    """Graphs that no solve is using, those used last.
+
+    Attributes:
+        idle: By what tells them apart.
+        refused: Why there is none of a kind; with what its key names.
+        closed: Whether none is kept any more.
+    """
 
     def __init__(self) -> None:
         self.idle: OrderedDict[Hashable, Capture] = OrderedDict()
+        self.refused: dict[Hashable, tuple[str, list[Any]]] = {}
+        self.closed = False
         _all.add(self)
 
     def take(self, key: Hashable) -> Capture | None:
-        """A graph of this kind, which is the taker's from now on."""
+        """A graph of this kind, which is the taker's from now on.
+
+        Raises:
+            CannotCompileError: There was none to be had before.
+        """
+        if key in self.refused:
+            raise CannotCompileError(self.refused[key][0])
         return self.idle.pop(key, None)
 
     def give(self, key: Hashable, capture: Capture) -> None:
         """Keeps a graph for others."""
         self.idle[key] = capture
-        while len(self.idle) > _KEPT:
-            _end(self.idle.popitem(last=False)[1])
+        self._shorten(0 if self.closed else _KEPT)
 
     def clear(self) -> None:
         """Lets all go."""
-        while self.idle:
-            _end(self.idle.popitem(last=False)[1])
+        self._shorten(0)
+
+    def close(self) -> None:
+        """Lets all go, for good."""
+        self.closed = True
+        self.clear()
+        self.refused.clear()
+
+    def _shorten(self, most: int) -> None:
+        while len(self.idle) > most:
+            try:
+                end(self.idle.popitem(last=False)[1])
+            except KeyError:  # another thread has it
+                return
 
 
 _all: WeakSet[Graphs] = WeakSet()
 _kept: ContextVar[Graphs | None] = ContextVar("graphs", default=None)
 
 
+def _around() -> Graphs | None:
+    """Those of the block that we are in."""
+    graphs = _kept.get()
+    return None if graphs is None or graphs.closed else graphs
+
+
 @contextmanager
 def keep_graphs() -> Iterator[None]:
     """A block in which graphs of `runtime="graph"` and `"compiled-graph"` are kept: solves alike capture one.
 
-    Within the block nothing may change that a call of the network depends on, but the contents of its weights, buffers
-    and conditions: numbers and functions in its attributes, hooks, globals, torch's settings are what they were at the
-    capture. (Train and eval mode, weights put in the place of others and autocast are compared.) The eight graphs used
-    last are kept, and none where memory runs out; with the block all are freed. Blocks within a block are part of it.
+    Within the block nothing may change that a call of the network depends on, but the contents of its weights and
+    buffers, and conditions that are tensors: numbers and functions in its attributes, hooks, globals, lists that it was
+    conditioned on, torch's settings are what they were at the capture. (Train and eval mode, weights put in the place
+    of others and autocast are compared.) The eight graphs used last are kept, and none where memory runs out; with the
+    block all are freed. Blocks within a block are part of it. In a generator, what runs between two `yield`s within the
+    block is in it too.
 
     Returns:
         The context.
     """
-    if _kept.get() is not None:
+    if _around() is not None:
         yield
         return
     graphs = Graphs()
@@ -81,8 +114,9 @@ def keep_graphs() -> Iterator[None]:
     try:
         yield
     finally:
-        _kept.reset(token)
-        graphs.clear()
+        graphs.close()
+        with suppress(ValueError):  # another context's: an asynchronous generator may be closed from elsewhere
+            _kept.reset(token)
 
 
 def forget() -> None:
@@ -106,7 +140,7 @@ class Captured:
 
     def __init__(self, fused: bool) -> None:
         self._fused = fused
-        self._graphs = _kept.get()
+        self._graphs = _around()
         self._held: tuple[Hashable, Capture] | None = None
 
     def enter(self, problem: Problem, carry: Carry) -> None:
@@ -134,7 +168,7 @@ class Captured:
         self._held = None
         capture.done.record(torch.cuda.current_stream(capture.left.device))
         if self._graphs is None:
-            _end(capture)
+            end(capture)
         else:
             self._graphs.give(key, capture)
 
@@ -145,31 +179,43 @@ class Captured:
 
     def _lent(self, problem: Problem, carry: Carry) -> tuple[Hashable, Capture]:
         """A graph for a batch of this size: one that is idle, or a new one."""
-        key = (self._fused, *_key(problem, carry))
+        key, named = (self._fused, *_key(problem, carry)), _named(problem.term.model)
         capture = None if self._graphs is None else self._graphs.take(key)
         if capture is not None:
             torch.cuda.current_stream(carry.s.device).wait_event(capture.done)
             return key, capture
         try:
-            return key, captured(problem, carry, self._fused, _named(problem.term.model))
-        except (NetworkError, RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise _refused(error) from error
-        forget()  # outside of the handler, whose error holds what the capture had
-        try:
-            return key, captured(problem, carry, self._fused, _named(problem.term.model))
-        except (NetworkError, RuntimeError, MemoryError) as error:
+            return key, _made(problem, carry, self._fused, named)
+        except CannotCompileError as error:
+            if self._graphs is not None:
+                self._graphs.refused[key] = str(error), named
+            raise
+
+
+def _made(problem: Problem, carry: Carry, fused: bool, named: list[Any]) -> Capture:
+    """A new graph; where memory runs out, after all others have gone."""
+    try:
+        return captured(problem, carry, fused, named)
+    except (NetworkError, RuntimeError, MemoryError) as error:
+        if not ran_out(error):
             raise _refused(error) from error
+    forget()  # outside of the handler, whose error holds what the capture had
+    try:
+        return captured(problem, carry, fused, named)
+    except (NetworkError, RuntimeError, MemoryError) as error:
+        raise _refused(error) from error
 
 
 def _refused(error: Exception) -> CannotCompileError:
     """Why there is no graph; the first cause is what the user's network did, what follows it is what CUDA says."""
     first = error.__cause__ or error.__context__ or error
+    if isinstance(first, CannotCompileError):
+        return first
     what = "the network" if isinstance(error, NetworkError) else "the step"
     return CannotCompileError(f"{what} cannot be captured: {(str(first) or repr(first)).splitlines()[0]}")
 
 
-def _end(capture: Capture) -> None:
+def end(capture: Capture) -> None:
     """Frees a graph once the device is done with it."""
     capture.done.synchronize()
     capture.graph.reset()
@@ -206,7 +252,7 @@ def _place(weight: Tensor) -> int:
     """Where it lies; 0 where there is no one place."""
     try:
         return weight.data_ptr()
-    except RuntimeError:  # sparse, or of parts
+    except (RuntimeError, ValueError):  # sparse, of parts, or not made yet
         return 0
 
 

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from ._checks import require_count
 from ._memory import free_bytes, peak_of, ran_out, release
-from .captured import keep_graphs
 from .errors import NetworkError, PartialResultWarning, SolveError
 from .solution import Path, Status
 
@@ -77,10 +76,9 @@ def chunked(
     try:
         size, growing = (_FIRST, True) if chunk is None else (chunk, False)
         room = _SHARE * free_bytes(parts.device) if growing else 0.0
-        with keep_graphs():  # all chunks are of one computation
-            while not parts.finished:
-                size, growing = parts.grow(size, room) if growing else (parts.step(size), False)
-                bar.update(parts.reached - bar.n)
+        while not parts.finished:
+            size, growing = parts.grow(size, room) if growing else (parts.step(size), False)
+            bar.update(parts.reached - bar.n)
     except KeyboardInterrupt:
         if not parts.done:
             raise

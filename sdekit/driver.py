@@ -13,7 +13,7 @@ from __future__ import annotations
 import time as clock
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +115,12 @@ def stops(bar: tqdm[Any] | None) -> Iterator[Stop]:
 
 def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     """Repeats the step until no sample runs, a limit is reached, Ctrl-C is pressed or the network cannot be used."""
-    work, calls, paid = _Work(problem, carry, limits), 0, 0
+    with closing(_Work(problem, carry, limits)) as work:
+        return _driven(work, problem, carry, limits)
+
+
+def _driven(work: _Work, problem: Problem, carry: Carry, limits: Limits) -> Outcome:
+    calls, paid = 0, 0
     seen = [(carry.accepted, carry.s, carry.z)] if limits.keep_path else []
     began = clock.monotonic()
     start, span = float(carry.s.sum()), float((problem.s_end - carry.s).sum())
@@ -135,7 +140,6 @@ def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
             if limits.progress:
                 bar.update(100.0 * (float(here.s.sum()) - start) / span - bar.n if span else 0.0)
     whole = work.all()
-    work.close()
     if stop.status is not None:
         left = torch.where(whole.status == Status.RUNNING, int(stop.status), whole.status)
         whole = whole._replace(status=left)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -273,6 +272,19 @@ class _Event:
         self.asked = 2
 
 
+class _Stream:
+    """What is given to it is done at once."""
+
+    def __init__(self, *_):
+        self.cuda_stream, self.device = id(self), CUDA
+
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+
 def _trace(real):
     """Traces with examples of the host."""
     return lambda function, batches, *fixed: real(function, [_held(leaf) for leaf in batches], *map(_held, fixed))
@@ -304,14 +316,14 @@ def _sync_mode(mode):
 
 def install():
     """Puts the device in the place of torch.cuda's, for the rest of the process."""
-    stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
+    stream = _Stream()
     stood_for = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
-        "Stream": lambda *_: stream,
+        "Stream": _Stream,
         "is_current_stream_capturing": lambda: STATE.capturing is not None,
         "stream": _nothing,
         "graph": _graph,

@@ -125,7 +125,8 @@ LONG_MODULES: dict[str, str] = {}
 FUNCTION_LINES, MODULE_LINES = 60, 300
 
 # Draws from torch's global generator, each with the reason why no result depends on who else draws from it.
-GLOBAL_DRAWS: dict[str, str] = {}
+_LOOKED_AT = "looked at, to find out networks that draw"
+GLOBAL_DRAWS = {"capture:random.getstate": _LOOKED_AT, "capture:np.random.get_state": _LOOKED_AT}
 
 
 def name_of(path: Path) -> str:
