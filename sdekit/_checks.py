@@ -7,7 +7,7 @@ for those samples alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,12 @@ def choose_device(module: nn.Module, device: torch.device | str | None) -> torch
     if device is None:
         parameter = next(module.parameters(), None)
         device = parameter.device if parameter is not None else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}; a device is needed, for example 'cpu' or 'cuda:0' ({error}).") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(chosen)!r}; torch finds no CUDA here: use 'cpu', or install torch for CUDA.")
     require_float64(chosen)
     return chosen
 
@@ -79,6 +84,8 @@ def require_batch(name: str, x: Any) -> Tensor:
             f"{name}.dtype={x.dtype}; a floating tensor is needed. A density of integers does not exist: "
             "dequantise first (add uniform noise within each bin), then convert to floating point."
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}.layout={x.layout}; a dense tensor is needed: use .to_dense().")
     if x.dim() < 2:
         raise ValueError(
             f"{name}.shape={tuple(x.shape)}; shape (B, *event) with at least one event axis is needed: "
@@ -101,8 +108,8 @@ def require_indices(indices: Tensor | None, batch: int, device: torch.device) ->
 
 def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """`shape` as (n, *event), checked."""
-    sizes = tuple(shape)
-    if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
+    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+    if len(sizes) < 2 or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
     return sizes
 
@@ -115,8 +122,31 @@ def require_seed(seed: int) -> None:
         raise ValueError(f"seed={seed}; 0 <= seed < 2**63 is needed.")
 
 
+def require_model(model: object) -> None:
+    """Raises TypeError for what is no score model."""
+    if not hasattr(model, "parameterization") or not hasattr(model, "sde"):
+        what = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"model is {what}; an sdekit.ScoreModel is needed, which says what a network means: "
+            "ScoreModel(net, VPSDE(), noise())."
+        )
+
+
+def require_part(name: str, value: object, does: str, example: str) -> None:
+    """Raises TypeError for what is not None and has no method `does`: a name, or a class that is still to be called."""
+    if value is not None and (isinstance(value, type) or not hasattr(value, does)):
+        raise TypeError(f"{name}={value!r}; an object is needed, for example {example}.")
+
+
+def require_floating(name: str, dtype: object) -> None:
+    """Raises TypeError unless `dtype` is None or a floating type."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{name}={dtype!r}; a floating torch.dtype is needed, for example torch.float32.")
+
+
 def require_same_device(module: nn.Module, x: Tensor, name: str = "x") -> None:
     """Raises ValueError if the module's parameters lie on another device than `x`."""
+    require_model(module)
     for parameter in module.parameters():
         if parameter.device != x.device:
             raise ValueError(
@@ -132,6 +162,7 @@ def require_deterministic(module: nn.Module) -> None:
     Dropout in train mode makes every evaluation another network; batch normalisation by batch statistics couples
     the samples, and then the trace of the Jacobian is not the per-sample divergence.
     """
+    require_model(module)
     for name, part in module.named_modules():
         if isinstance(part, _DROPOUTS) and part.training and part.p > 0:
             raise ValueError(

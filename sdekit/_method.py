@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import require_count, require_positive
+from ._checks import require_count, require_part, require_positive
 from ._fit import check_method
 from ._products import require_traceable
 from .controller import Controller, FixedGrid, Nats
@@ -47,6 +47,8 @@ def choose_method(
 ) -> Method:
     """The divergence, solver and controller asked for, checked to fit one another."""
     require_positive("tolerance", tolerance)
+    require_part("solver", solver, "propose", "sdekit.Adams(4)")
+    require_part("controller", controller, "judge", "sdekit.PID()")
     if nodes is not None and (solver is not None or controller is not None):
         raise ValueError("nodes= together with solver= or controller=; nodes chooses both: pass one or the other.")
     if divergence is None:

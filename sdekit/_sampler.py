@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._checks import is_own, require_count
+from ._checks import is_own, require_count, require_part
 from .controller import Controller, FixedGrid
 from .grid import likelihood as likelihood_grid
 from .model.score_model import ScoreModel
@@ -33,6 +33,8 @@ def default_steps(level: Eta) -> int:
 
 def default_solver(level: Eta, steps: int | None) -> Solver:
     """The solver that won where it was measured, for a grid of so many steps, or for a controller (None)."""
+    if steps is not None:
+        require_count("steps", steps)
     if level != 0:
         return StochasticHeun() if steps is None else SDEDPMSolverPP(2)
     return Adams(next((order for most, order in _ORDERS if steps is not None and steps <= most), 5))
@@ -40,16 +42,18 @@ def default_solver(level: Eta, steps: int | None) -> Solver:
 
 def level_of(solver: Solver | None, eta: Eta | None) -> Eta:
     """The noise level asked for, or that which the solver is for."""
+    require_part("solver", solver, "propose", "sdekit.Heun()")
     if eta is None:
         own = getattr(getattr(solver, "predictor", solver), "eta", None)
         return float(own) if own is not None else float(solver is not None and solver.equation == "reverse")
-    if not callable(eta) and not eta >= 0:
-        raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")
+    if not callable(eta) and not (isinstance(eta, (int, float)) and eta >= 0):
+        raise ValueError(f"eta={eta!r}; a number eta >= 0 is needed, or a function of t (B,).")
     return eta
 
 
 def controller_of(model: ScoreModel, controller: Controller | None, steps: int | None, forward: bool) -> Controller:
     """Who decides the steps: what is asked for, else a grid of so many, else a tolerance."""
+    require_part("controller", controller, "judge", "sdekit.PID()")
     if controller is not None:
         if steps is not None:
             raise ValueError(f"steps={steps} together with controller={controller!r}; pass one or the other.")

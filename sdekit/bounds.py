@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ._checks import require_model
 from ._levels import Integral, Plan, Question
 from ._method import check_forward_mode
 from .divergence import Divergence, Hutchinson, default_divergence
@@ -48,7 +49,7 @@ class Estimate(NamedTuple):
     """An estimate without a solve, per sample.
 
     Attributes:
-        value: (B,) float64 nats; NaN where the network's answer was not finite.
+        value: (B,) float64 nats; NaN or infinite where the network's answer was.
         std_error: (B,) float64 nats, standard error from the draws.
         evaluations: (B,) int64 network evaluations.
     """
@@ -191,6 +192,7 @@ def ask(
     batch: int,
 ) -> Question:
     """The question that the arguments of an estimator put, checked."""
+    require_model(model)
     levels = CauchyLogSigma(center=math.log(model.data_std) + _CENTER, scale=_SCALE) if times is None else times
     plan = Plan(draws, levels, seed, batch)
     return Question(model, x, plan, data_moments, indices)

@@ -180,18 +180,23 @@ def sample(
     """Write samples of a model to --out. Sample i depends on the seed and on i alone."""
     require_suffix(out)
     opt.require_free(out, overwrite)
+    if picture is not None:
+        from .plot import require_picture
+
+        require_picture(picture)
     where = opt.choose_device(device)
     model, event = find_model(name)
     event = shape if shape is not None else event
     if event is None:
         raise click.ClickException(f"{name!r} does not say the shape of a sample: pass --shape, for example 3,32,32.")
     model = model.to(where)
+    model.check_batch(count)
     chosen = _SOLVERS[solver]() if solver is not None else None
     parts = []
     for rows in torch.split(torch.arange(count, device=where), batch_size):
         with only_the_summary_warns():
             solution = draw_samples(
-                *(model, (rows.shape[0], *event)),
+                *(model.take(rows), (rows.shape[0], *event)),
                 solver=chosen,
                 steps=steps,
                 eta=eta,

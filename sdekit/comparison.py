@@ -137,6 +137,8 @@ def log_ratio(
         SolveError: A sample failed and `throw`.
     """
     require_batch("x", x)
+    if not isinstance(transforms, tuple) or len(transforms) != 2:
+        raise TypeError(f"transforms={transforms!r}; a pair is needed, one for each model, as in (None, Affine(2.0)).")
     if divergence is None:
         divergence = Exact() if x.shape[1:].numel() <= EXACT_UP_TO else Hutchinson(probes=_PROBES)
 

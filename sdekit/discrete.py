@@ -232,8 +232,8 @@ def _check_bound(
 def _state_dtype(model: ScoreModel, asked: torch.dtype | None) -> torch.dtype:
     """The dtype of the states: the one asked for, or the default."""
     if asked is not None:
-        if not asked.is_floating_point:
-            raise TypeError(f"dtype={asked}; a floating dtype is needed, in which the states are kept.")
+        if not getattr(asked, "is_floating_point", False):
+            raise TypeError(f"dtype={asked!r}; a floating dtype is needed, in which the states are kept.")
         return asked
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if not kinds:

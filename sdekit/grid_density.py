@@ -31,8 +31,9 @@ from .grid import mixed_time
 from .grid_books import Books, Numbers
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem
+from .model._labels import label_rows
 from .model.parameterization import Parameterization
-from .model.score_model import ScoreModel, label_rows
+from .model.score_model import ScoreModel
 from .runtime import GRAPHS
 from .sde.base import SDE
 from .solution import Status

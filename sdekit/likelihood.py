@@ -25,6 +25,7 @@ from ._checks import (
     require_batch,
     require_deterministic,
     require_indices,
+    require_part,
     require_same_device,
     require_seed,
 )
@@ -48,7 +49,7 @@ from .solution import LogLikelihood, Stats, Status
 from .solver.adams import Adams
 from .solver.base import Solver
 from .targets import Gaussian
-from .units import Affine
+from .units import Affine, on_levels
 
 
 def log_likelihood(
@@ -137,7 +138,7 @@ def log_likelihood(
         problem = Problem(term, method.solver, method.controller, torch.ones_like(s0), None, max_evaluations - besides)
         outcome = solve_density(problem, begin(problem, s0, term.enter(entry.x, s0)), limits)
         result = _result(term, method, outcome, entry, start, data_moments, transform)
-        result = result._replace(latent=result.latent.to(x.dtype), whole=(x == x.round()).flatten(1).all(1))
+        result = result._replace(latent=result.latent.to(x.dtype), whole=on_levels(x))
         if budget and outcome.error is None:
             result = _with_ends(result, term, entry, end, data_moments)
     finish(result, outcome.carry.status, outcome.error, result.t, "the noise's end of time", numbers, throw)
@@ -149,6 +150,7 @@ def check_laws(data_moments: Gaussian | None, transform: Affine | None, x: Tenso
     """Raises where the moments or the units do not fit the data: before the solve, not after it."""
     check_moments(data_moments, x)
     if transform is not None:
+        require_part("transform", transform, "check", "sdekit.Affine(2.0, -1.0)")
         transform.check(x.shape[1:])
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._checks import choose_device, require_count, require_deterministic, require_seed
+from ._checks import choose_device, require_count, require_deterministic, require_seed, require_shape
 from ._sampler import default_solver
 from .controller import FixedGrid
 from .grid import likelihood, mixed_time
@@ -108,10 +108,9 @@ def plan_sampling(
         ValueError, TypeError: Arguments that do not fit.
         SolveError: The network failed on a pilot sample.
     """
-    if not event:
-        raise ValueError(f"event={event!r}; a sample's shape with at least one axis is needed, for example (2,).")
     require_count("steps", steps)
     require_count("samples", samples)
+    require_shape((samples, *event))
     require_seed(seed)
     require_deterministic(model)
     numbers = torch.arange(samples, device=choose_device(model, device)) + _APART

@@ -26,16 +26,21 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def require_picture(path: str | Path) -> None:
+    """Raises ValueError unless a picture can be written in the format that the suffix names."""
+    place, known = Path(path), FigureCanvasAgg.filetypes
+    if place.suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"{str(path)!r} ends in {place.suffix!r}; one of {sorted(known)} is needed.")
+
+
 def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
     """Writes `figure` to `path`, in the format of its suffix.
 
     Raises:
         ValueError: The suffix is of no format that can be written.
     """
+    require_picture(path)
     place = Path(path)
-    known = figure.canvas.get_supported_filetypes()
-    if place.suffix.lstrip(".").lower() not in known:
-        raise ValueError(f"{str(path)!r} ends in {place.suffix!r}; one of {sorted(known)} is needed.")
     place.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(place, dpi=dpi)
 

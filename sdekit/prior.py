@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from . import _random
+from ._checks import require_floating
 from ._random import Stream
 from .model.score_model import ScoreModel
 
 
 def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
     """Draws of the prior keyed by (seed, index): (n, *event) in `dtype`, on the device of `indices`."""
+    require_floating("dtype", dtype)
     size = torch.Size(shape[1:]).numel()
     keys, std = _random.sample_keys(seed, Stream.PRIOR, indices), model.sde.prior_std
     drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64 if std != 1.0 else dtype)

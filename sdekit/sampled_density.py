@@ -22,7 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import choose_device, require_deterministic, require_indices, require_seed, require_shape
+from ._checks import (
+    choose_device,
+    require_deterministic,
+    require_indices,
+    require_part,
+    require_seed,
+    require_shape,
+)
 from ._fit import check_grid_ends
 from ._method import Method, check_forward_mode, choose_method, judged, warn_loose
 from ._tensor import working
@@ -141,6 +148,7 @@ def sample_log_prob(
     if isinstance(method.controller, FixedGrid) and nodes is None:
         check_grid_ends(method.controller, first, torch.full_like(first, sde.t_min))
     if transform is not None:
+        require_part("transform", transform, "check", "sdekit.Affine(2.0, -1.0)")
         transform.check(latent.shape[1:])
     keys, mixed = Hutchinson.keys(seed, numbers), mixed_time(sde, model.data_std, downward=True)
     term = LikelihoodFlow(model, method.divergence, latent.shape[1:], keys, mixed)

@@ -30,6 +30,7 @@ from ._checks import (
     require_count,
     require_deterministic,
     require_indices,
+    require_part,
     require_same_device,
     require_seed,
     require_shape,
@@ -127,6 +128,7 @@ def sampler_log_density(
     size = latent.shape[1:].numel()
     if size > _MOST_DIMS:
         raise ValueError(f"a sample has {size} dimensions; at most {_MOST_DIMS} are possible: the Jacobian is exact.")
+    require_part("solver", solver, "propose", "sdekit.Heun()")
     grid = _grid(model, steps, times)
     chosen = solver if solver is not None else default_solver(0.0, len(grid.times) - 1)
     if chosen.equation == "reverse" or chosen.draws:

@@ -20,6 +20,7 @@ from ._checks import (
     require_count,
     require_deterministic,
     require_indices,
+    require_part,
     require_same_device,
     require_seed,
     require_shape,
@@ -180,7 +181,7 @@ def encode(
         SolveError: A sample failed and `throw`.
     """
     return _transport(
-        *(model, x, model.sde.t_min, model.sde.t_max, solver, steps, controller),
+        *(model, x, True, solver, steps, controller),
         max_evaluations=max_evaluations,
         wall_time=wall_time,
         progress=progress,
@@ -206,7 +207,7 @@ def decode(
 ) -> Solution:
     """The data of latents `z`: the inverse of `encode`, from t_max to t_min. Arguments as there."""
     return _transport(
-        *(model, z, model.sde.t_max, model.sde.t_min, solver, steps, controller),
+        *(model, z, False, solver, steps, controller),
         max_evaluations=max_evaluations,
         wall_time=wall_time,
         progress=progress,
@@ -228,8 +229,7 @@ def equation_of(model: ScoreModel, solver: Solver, level: Eta, x: Tensor) -> Ter
 def _transport(
     model: ScoreModel,
     x: Tensor,
-    t0: float,
-    t1: float,
+    forward: bool,
     solver: Solver | None,
     steps: int | None,
     controller: Controller | None,
@@ -241,17 +241,19 @@ def _transport(
     runtime: Runtime,
     slots: int | None,
 ) -> Solution:
-    """The probability flow of `x` from t0 to t1."""
+    """The probability flow of `x` from one end of time to the other."""
     require_batch("x", x)
     require_same_device(model, x)
     require_deterministic(model)
+    t0, t1 = (model.sde.t_min, model.sde.t_max) if forward else (model.sde.t_max, model.sde.t_min)
+    require_part("solver", solver, "propose", "sdekit.Heun()")
     chosen, numbers = solver or default_solver(0.0, steps), require_indices(None, x.shape[0], x.device)
     if chosen.equation == "reverse" or chosen.draws:
         raise ValueError(f"solver={chosen}; encode and decode need a solver of the probability flow, without noise.")
     term = equation_of(model, chosen, 0.0, x)
     with torch.no_grad():
         return solve(
-            *(term, chosen, controller_of(model, controller, steps, forward=t1 > t0), x, t0, t1, None, numbers),
+            *(term, chosen, controller_of(model, controller, steps, forward=forward), x, t0, t1, None, numbers),
             max_evaluations=max_evaluations,
             wall_time=wall_time,
             progress=progress,

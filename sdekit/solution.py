@@ -127,7 +127,8 @@ class LogLikelihood(NamedTuple):
             `log_prob`; None for one probe or none. (What a correction at the data's end adds is that of all probes.)
         rounding: float64 nats, estimate of what the precision of states and network leaves (NaN like `solver_error`).
         ends: What was left out at the two ends, or None: asked for with `budget=True`.
-        whole: bool, whether every value of a sample was an integer: then it has a probability, not a density.
+        whole: bool, whether every value of a sample was an integer, or one over 255: then it has a probability, not a
+            density.
         reach: float64, mean square of `latent` in units of the prior's: about 1 where a network knows the data. From 5
             on `solver_error` may be too small by any factor: the control trusts the network's score, and there the
             flow's own density has another gradient.
@@ -169,11 +170,12 @@ class LogLikelihood(NamedTuple):
             high: Upper edge of the last bin.
 
         Raises:
-            ValueError: All values of all samples were integers; or levels and edges that make no bins.
+            ValueError: All values of all samples were integers, or integers over 255; or levels and edges that make
+                no bins.
         """
         if self.whole is not None and len(self.whole) and bool(self.whole.all()):
             raise ValueError(
-                f"all {len(self.log_prob)} samples are integers only: levels that were not dequantised "
+                f"all {len(self.log_prob)} samples are integers, or integers over 255: levels not dequantised "
                 "have probabilities, not densities, and bits/dim of a density there mean nothing. Use "
                 "sdekit.discrete_log_likelihood, or add noise within each level's bin first."
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,14 @@ class Stopping(torch.nn.Module):
 def stopping():
     model = load()
     return sdekit.ScoreModel(Stopping(model.net), model.sde, model.parameterization)
+
+class Shifted(torch.nn.Module):
+    def forward(self, x, t, shift):
+        return shift - 0.5 * x
+
+def conditioned():
+    shift = torch.arange(10.0, dtype=torch.float64)[:, None] / 10
+    return sdekit.ScoreModel(Shifted(), sdekit.VPSDE(), sdekit.data()).condition(shift=shift)
 
 def number():
     return 3
@@ -341,3 +351,31 @@ def test_a_changed_model_changes_the_fingerprint(place):
     with torch.no_grad():
         net.bias += 1e-6
     assert _evaluation.fingerprint(model, x, options) != before
+
+
+def test_conditions_follow_their_samples(place):
+    asked = ("--model", "sdekit_cli_toy:conditioned", "--shape", "2", "--count", "10", "--steps", "6")
+    run("sample", *asked, "--out", "all.npy")
+    run("sample", *asked, "--out", "parts.npy", "--batch-size", "3")
+    assert np.array_equal(np.load("all.npy"), np.load("parts.npy"))
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_conditions_of_other_samples_are_refused(place, count):
+    np.save("more.npy", np.random.default_rng(0).normal(size=(count, 2)))
+    model = ("--model", "sdekit_cli_toy:conditioned")
+    shown = run("likelihood", "more.npy", *model, status=1).output
+    assert f"a leading size of {count} is needed" in shown
+    shown = run("sample", *model, "--shape", "2", "--count", str(count), "--out", "x2.npy", status=1).output
+    assert f"a leading size of {count} is needed" in shown
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(place):
+    asked = ("--model", "sdekit_cli_toy:load", "--shape", "2", "--count", "4", "--out", "x2.npy")
+    assert "ends in '.txt'" in run("sample", *asked, "--picture", "p.txt", status=1).output
+    assert not Path("x2.npy").exists()
+
+
+def test_the_package_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "sdekit", "--help"], capture_output=True, text=True, check=True)
+    assert "likelihood" in done.stdout

@@ -29,6 +29,7 @@ ORDER = [
     "sde.flow",
     "model.parameterization",
     "model._file",
+    "model._labels",
     "model.score_model",
     "model.guidance",
     "model.nets",
@@ -117,6 +118,7 @@ ORDER = [
     "plot",
     "demo",
     "cli",
+    "__main__",
 ]
 
 # Longer than the rule allows, each with the reason why it is one idea all the same.

@@ -143,12 +143,13 @@ def evaluate(
         runtime: How a step runs; changes cost only, and rounding.
 
     Raises:
-        ValueError: `partial` is of other data, another model or other options.
+        ValueError: `partial` is of other data, another model or other options; a condition of other samples.
         Interrupted: Ctrl-C was pressed; what was finished is in `partial`.
         SolveError: The network cannot be used.
     """
     if x.shape[0] == 0:
         raise ValueError(f"x.shape={tuple(x.shape)}; at least one sample is needed.")
+    model.check_batch(x.shape[0])
     mark = fingerprint(model, x, options, device)
     parts = [] if partial is None else _resume(partial, mark)
     done = sum(part.log_prob.shape[0] for part in parts)

@@ -170,7 +170,9 @@ class _Classified(nn.Module):
     def _gradient(self, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
         """grad_x log p_t(y|x), the shape of `x`, with its graph where one is kept."""
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            if x.is_inference():
+                x, t = x.clone(), t.clone()
             leaf = x if keep and x.requires_grad else x.detach().requires_grad_()
             value = self.log_prob_of_label(leaf, t, **condition)
             if value.shape != t.shape:

@@ -123,6 +123,10 @@ class Parameterization(ABC):
 
     label: Label = TimeLabel()
 
+    def __post_init__(self) -> None:
+        if not callable(self.label):
+            raise TypeError(f"label={self.label!r}; a function of (sde, t) is needed, for example TimeLabel(1000.0).")
+
     @abstractmethod
     def mix(self, sde: SDE, t: Tensor) -> Mix:
         """The weights (a, b) of F = a x0 + b eps at times `t`, float64, the shape of `t`."""
@@ -184,6 +188,7 @@ class EDM(Parameterization):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive("sigma_data", self.sigma_data)
 
     def mix(self, sde: SDE, t: Tensor) -> Mix:

@@ -9,22 +9,25 @@ in the dtype of its own parameters.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from threading import Lock
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import require_batch, require_positive
-from .._tensor import column, sent, tensor
+from .._tensor import column, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
+from ._labels import label_rows
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
+_WRITES = (
+    "the network writes into its input, and did not in its first calls, so the state it was given is lost: have it "
+    "work on a copy (x = x.clone()), or out of place."
+)
 
 
 class ScoreModel(nn.Module):
@@ -69,6 +72,7 @@ class ScoreModel(nn.Module):
         self.parameterization = chosen
         self.data_std = float(data_std)
         self.bound: dict[str, Any] = dict(condition or {})
+        self._writes: bool | None = None  # whether the network writes into its input, once it was seen
 
     def condition(self, **condition: Any) -> ScoreModel:
         """This model with keyword arguments bound for its network, sharing the weights.
@@ -146,13 +150,10 @@ class ScoreModel(nn.Module):
 
         def watching(seen: Tensor, number: int) -> Tensor:
             nonlocal writes, reuses
+            out = self._answer(seen, rows[number], dtype)
             if len(watched) == 2:
-                out = self._answer(seen.clone() if writes else seen, rows[number], dtype)
                 return out.clone() if reuses else out
-            given = seen.clone()
-            version = given._version
-            out = self._answer(given, rows[number], dtype)
-            writes = writes or given._version != version
+            writes = bool(self._writes)
             reuses = bool(watched) and watched[0].data_ptr() == out.data_ptr() and out.numel() > 0
             watched.append(out)
             return out.clone()
@@ -160,13 +161,15 @@ class ScoreModel(nn.Module):
         def call(seen: Tensor, number: int) -> Tensor:
             if len(watched) < 2 or writes or reuses or not plain:
                 return watching(seen, number)
+            version = _version(seen)
             try:
                 out = net(seen, rows[number], **bound)
-                if type(out) is Tensor and out.dtype is dtype and out.shape == shape:  # as nearly always: no copies
-                    return out
+                usual = type(out) is Tensor and out.dtype is dtype and out.shape == shape  # nearly always: no copies
             except Exception as error:
                 raise _raised(error, seen) from error
-            return self._checked(out, seen)
+            if _version(seen) != version:
+                raise NetworkError(_WRITES)
+            return out if usual else self._checked(out, seen)
 
         return call
 
@@ -181,9 +184,17 @@ class ScoreModel(nn.Module):
                 x if x.dtype is dtype else x.to(dtype),
                 label if label.dtype is dtype else tensor(label, dtype),
             )
+            if seen is x and (self._writes is not False or x.is_inference()):
+                seen = x.clone()
+            version = _version(seen)
             out = self.net(seen, level, **self.bound)
         except Exception as error:
             raise _raised(error, x) from error
+        wrote = _version(seen) != version
+        if wrote and seen is x:
+            raise NetworkError(_WRITES)
+        if wrote or (self._writes is None and not seen.is_inference()):
+            self._writes = bool(self._writes) or wrote
         return self._checked(out, x)
 
     def _checked(self, out: Any, x: Tensor) -> Tensor:
@@ -265,27 +276,11 @@ class ScoreModel(nn.Module):
         return cls(net, facts["sde"], facts["parameterization"], facts["data_std"])
 
 
+def _version(x: Tensor) -> int:
+    """How often it was written to, where that is counted."""
+    return 0 if x.is_inference() else x._version
+
+
 def _raised(error: Exception, x: Tensor) -> NetworkError:
     """What to say of an error that the network raised for the input `x`."""
     return NetworkError(f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}")
-
-
-_labels: OrderedDict[Hashable, tuple[int, tuple[Tensor, ...]]] = OrderedDict()  # with the version they were made at
-_LABELS_KEPT, _LABELS_LARGEST = 16, 1 << 14
-_lock = Lock()
-
-
-def label_rows(labels: tuple[float, ...], batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """For each label a tensor (B,) of it; made anew where a network has written into those kept."""
-    key = (labels, batch, dtype, device)
-    with _lock:
-        version, rows = _labels.get(key, (0, ()))
-    if rows and rows[0]._version == version:
-        return rows
-    rows = sent(labels, dtype, device)[:, None].repeat(1, batch).unbind(0)
-    if rows and rows[0].numel() * len(rows) <= _LABELS_LARGEST and not rows[0].is_inference():
-        with _lock:
-            _labels[key] = (rows[0]._version, rows)
-            while len(_labels) > _LABELS_KEPT:
-                _labels.popitem(last=False)
-    return rows

@@ -279,3 +279,18 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(act, error, message):
     with pytest.raises(error, match=message):
         act(gaussian().score_model(VP))
+
+
+class Side(nn.Module):
+    def forward(self, x, t, side):
+        return nn.functional.logsigmoid(4.0 * side * x[:, 0])
+
+
+def test_a_classifier_guides_in_inference_mode_as_elsewhere():
+    model = classifier_guided(TWO.score_model(VP), Side(), 1.5, side=torch.ones(4, dtype=torch.float64))
+    x, t = draw(3, 4, 3), times(0.1, 0.2, 0.3, 0.4)
+    outside = model.score(x, t), sdekit.sample(model, (4, 3), steps=6, dtype=torch.float64).x
+    with torch.inference_mode():
+        inside = model.score(x.clone(), t.clone()), sdekit.sample(model, (4, 3), steps=6, dtype=torch.float64).x
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)
