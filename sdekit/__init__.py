@@ -10,6 +10,7 @@ from .brownian import BrownianPath, IndependentIncrements
 from .brownian_motion import BrownianMotion
 from .budget import Budget
 from .captured import keep_graphs
+from .checkup import Checkup, check_model
 from .chunking import chunked
 from .comparison import LogRatio, MeanRatio, log_ratio
 from .controller import Controller, FixedGrid, Nats
@@ -120,6 +121,7 @@ __all__ = [
     "BrownianMotion",
     "BrownianPath",
     "Budget",
+    "Checkup",
     "Controller",
     "Corrector",
     "CosineVPSDE",
@@ -192,6 +194,7 @@ __all__ = [
     "VariationalBound",
     "VariationalDequantizer",
     "__version__",
+    "check_model",
     "chunked",
     "classifier_guided",
     "data",

@@ -104,8 +104,8 @@ def warn_loose(status: Tensor, solver_error: Tensor, method: Method) -> None:
         worst = float(solver_error.nan_to_num(0.0).max())
         warnings.warn(
             f"{loose} of {status.shape[0]} samples arrived with an estimated error above tolerance="
-            f"{method.tolerance:g} (worst {worst:.3g} nats); see solver_error and status. Kinked networks (ReLU) and "
-            "low precision reach the cap: loosen the tolerance.",
+            f"{method.tolerance:g} (worst {worst:.3g} nats); see solver_error and status. Kinked networks (ReLU), "
+            "features that oscillate between integer labels and low precision reach the cap: loosen the tolerance.",
             ToleranceWarning,
             stacklevel=3,
         )

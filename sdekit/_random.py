@@ -53,6 +53,7 @@ class Stream(IntEnum):
     CHAIN = 6
     DEQUANTISE = 7
     LEVEL = 11
+    CHECK = 12
 
 
 def _shift(word: Tensor, by: int) -> Tensor:

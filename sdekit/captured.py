@@ -100,8 +100,8 @@ def keep_graphs() -> Iterator[None]:
     buffers, and conditions that are tensors: numbers and functions in its attributes, hooks, globals, lists that it was
     conditioned on, torch's settings are what they were at the capture. (Train and eval mode, weights put in the place
     of others and autocast are compared.) The eight graphs used last are kept, and none where memory runs out; with the
-    block all are freed. Blocks within a block are part of it. In a generator, what runs between two `yield`s within the
-    block is in it too.
+    block all are freed. Blocks within a block are part of it. In a generator, what its consumer does between two
+    values is within the block too.
 
     Returns:
         The context.

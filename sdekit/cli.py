@@ -54,6 +54,7 @@ def main(traceback: bool) -> None:
 @opt.key
 @click.option("--out", type=opt.FILE, help="Write every sample's numbers: .npz or .safetensors.")
 @click.option("--tolerance", type=float, default=1e-2, show_default=True, help="Nats per sample.")
+@click.option("--nodes", type=click.IntRange(2), help="So many evaluations on a fixed grid, whatever the tolerance.")
 @click.option("--divergence", type=click.Choice(["exact", "hutchinson"]), help="[default: exact to 128 dimensions]")
 @click.option("--probes", type=click.IntRange(1), help="Of hutchinson.  [default: 1]")
 @opt.levels
@@ -70,6 +71,7 @@ def likelihood(
     key: str | None,
     out: Path | None,
     tolerance: float,
+    nodes: int | None,
     divergence: Literal["exact", "hutchinson"] | None,
     probes: int | None,
     count: int | None,
@@ -90,7 +92,7 @@ def likelihood(
         if require_suffix(out) == ".npy":
             raise click.ClickException("several numbers a sample do not go into a .npy file: name a .npz file.")
         opt.require_free(out, overwrite)
-    options = Options(tolerance, _divergence(divergence, probes), seed)
+    options = Options(tolerance, _divergence(divergence, probes), seed, nodes=nodes)
     levels = None if count is None else Levels(count, low, high)
     x = floating(read_array(data, key), levels, seed)
     where = opt.choose_device(device)
@@ -107,7 +109,13 @@ def likelihood(
     summary = summarise(scores)
     click.echo("\n".join(_table(summary, math.prod(x.shape[1:]), levels)))
     if out is not None and partial is not None:
-        facts = {"tolerance": tolerance, "divergence": repr(options.divergence), "seed": seed, "model": name}
+        facts = {
+            "tolerance": tolerance,
+            "nodes": nodes,
+            "divergence": repr(options.divergence),
+            "seed": seed,
+            "model": name,
+        }
         write_arrays(out, scores._asdict(), {"options": json.dumps(facts), "summary": summary.to_json()})
         partial.unlink(missing_ok=True)
         click.echo(f"every sample's numbers in {str(out)!r}")
@@ -119,7 +127,7 @@ def likelihood(
 def _divergence(name: str | None, probes: int | None) -> Divergence | None:
     """The trace asked for, None for the library's default."""
     if probes is not None and name != "hutchinson":
-        raise click.ClickException("--probes belongs to --divergence hutchinson.")
+        raise click.ClickException("--probes belongs to --divergence hutchinson: pass both.")
     if name is None:
         return None
     return Exact() if name == "exact" else Hutchinson(probes=probes or 1)

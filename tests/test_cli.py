@@ -379,3 +379,12 @@ def test_a_picture_that_cannot_be_written_is_refused_first(place):
 def test_the_package_can_be_run():
     done = subprocess.run([sys.executable, "-m", "sdekit", "--help"], capture_output=True, text=True, check=True)
     assert "likelihood" in done.stdout
+
+
+def test_likelihood_on_a_grid_is_the_library_s(place):
+    likelihood("--nodes", "12", "--out", "out.npz")
+    model, x = sdekit.targets.GaussianMixture, torch.from_numpy(np.load("x.npy"))
+    target = model(torch.tensor([0.5, 0.5]), torch.tensor([[0.6, 0.0], [-0.6, 0.2]]), torch.tensor([0.3, 0.4]))
+    wanted = sdekit.log_likelihood(target.score_model(sdekit.VPSDE()), x, nodes=12)
+    np.testing.assert_allclose(arrays("out.npz")["log_prob"], wanted.log_prob.numpy(), rtol=0, atol=1e-10)
+    assert (arrays("out.npz")["evaluations"] == wanted.stats.evaluations.numpy()).all()

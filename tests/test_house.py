@@ -105,6 +105,7 @@ ORDER = [
     "ito",
     "sandwich",
     "sampler_density",
+    "checkup",
     "chunking",
     "interop.scipy",
     "zoo._baselines",

@@ -67,12 +67,14 @@ class Options:
         divergence: Of the trace; None for the default.
         seed: Of the probes.
         max_evaluations: Of the network, a sample at most.
+        nodes: So many evaluations on a fixed grid, whatever the tolerance; None: as many as the tolerance needs.
     """
 
     tolerance: float = 1e-2
     divergence: Divergence | None = None
     seed: int = 0
     max_evaluations: int = 10_000
+    nodes: int | None = None
 
 
 class Interrupted(SdekitError):
@@ -163,6 +165,7 @@ def evaluate(
                     batch,
                     x[rows].to(device),
                     tolerance=options.tolerance,
+                    nodes=options.nodes,
                     divergence=options.divergence,
                     seed=options.seed,
                     indices=rows.to(device),
