@@ -47,6 +47,8 @@ _WAITS = {  # operations whose result the host reads, or whose shape is a result
     torch.ops.aten.unique_dim.default,
 }
 
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
 
 class Capture(NamedTuple):
     """A graph and its memory.
@@ -212,6 +214,8 @@ class _Read(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if any(leaf.is_cuda for leaf in given) and (func in _WAITS or any(leaf.is_cpu for leaf in made)):
             raise CannotCompileError(f"the network cannot be captured: it waits for the device ({func})")
+        if func in _COPIES and any(leaf.is_cpu for leaf in given) and any(leaf.is_cuda for leaf in made):
+            raise CannotCompileError("the network cannot be captured: it copies something of the host's to the device")
         for leaf in made:
             self._new(leaf)
         return out

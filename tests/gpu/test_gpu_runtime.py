@@ -121,6 +121,22 @@ def test_a_network_that_asks_the_host_is_not_captured_and_says_why():
             torch.testing.assert_close(fast.log_prob, eager.log_prob, rtol=0.0, atol=1e-9)
 
 
+class Sends(torch.nn.Module):
+    """A network that copies a table of the host's to the device in each call."""
+
+    table = torch.ones(4, dtype=torch.float64)
+
+    def forward(self, x, label):
+        return -x * self.table.to(x.device)
+
+
+def test_a_network_that_copies_from_the_host_is_not_captured_and_says_why():
+    model, x = sdekit.ScoreModel(Sends(), SDE, sdekit.score()), data(8)
+    with pytest.warns(sdekit.errors.SdekitWarning, match="something of the host's"):
+        found = sdekit.log_likelihood(model, x, runtime="graph", nodes=6)
+    torch.testing.assert_close(found.log_prob, sdekit.log_likelihood(model, x, nodes=6).log_prob, rtol=0.0, atol=1e-8)
+
+
 class Changes(torch.nn.Module):
     """A network that answers otherwise when it is asked again."""
 
