@@ -46,7 +46,6 @@ _WAITS = {  # operations whose result the host reads, or whose shape is a result
     torch.ops.aten.nonzero.default,
     torch.ops.aten.unique_dim.default,
 }
-
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -199,7 +198,7 @@ class _Read(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found: Those tensors.
 
     Raises:
-        CannotCompileError: An operation waits for the device.
+        CannotCompileError: An operation waits for the device, or copies to it from the host.
     """
 
     def __init__(self) -> None:
@@ -212,9 +211,12 @@ class _Read(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found += [leaf.detach() for leaf in given if self._new(leaf)]
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(leaf.is_cuda for leaf in given) and (func in _WAITS or any(leaf.is_cpu for leaf in made)):
+        asked, told = any(leaf.is_cuda for leaf in given), any(leaf.is_cuda for leaf in made)
+        if asked and (
+            func in _WAITS or (func in _COPIES and not told)
+        ):  # attention makes seeds on the host, and waits not
             raise CannotCompileError(f"the network cannot be captured: it waits for the device ({func})")
-        if func in _COPIES and any(leaf.is_cpu for leaf in given) and any(leaf.is_cuda for leaf in made):
+        if told and func in _COPIES and any(leaf.is_cpu for leaf in given):
             raise CannotCompileError("the network cannot be captured: it copies something of the host's to the device")
         for leaf in made:
             self._new(leaf)
