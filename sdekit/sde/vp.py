@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -218,6 +219,11 @@ class TableVPSDE(SDE):
             bad = [beta for beta in values if not 0.0 < beta < 1.0][:3]
             raise ValueError(
                 f"betas: {len(values)} values, outside (0, 1): {bad}; at least 2, all in (0, 1), are needed."
+            )
+        if values[0] > 0.9 and all(a >= b for a, b in pairwise(values)):
+            raise ValueError(
+                f"betas fall from {values[0]:.4g} to {values[-1]:.4g}, and the first step drowns the data: these look "
+                "like alphas_cumprod. Their betas are 1 - a[i] / a[i - 1], with a[-1] = 1."
             )
         first = 1.0 / len(values)
         start = first if t_min is None else t_min

@@ -354,3 +354,14 @@ def test_processes_are_values():
     assert sdekit.KarrasSDE() == sdekit.KarrasSDE(0.002, 80.0)
     assert sdekit.TableVPSDE([0.1, 0.2]) == sdekit.TableVPSDE(torch.tensor([0.1, 0.2], dtype=torch.float64))
     assert len({sdekit.VESDE(), sdekit.VESDE(0.01, 50.0), sdekit.RectifiedFlow()}) == 2
+
+
+def test_cumulated_alphas_are_not_taken_for_betas():
+    table = sdekit.TableVPSDE.linear()
+    levels = (1.0 - torch.tensor(table.betas, dtype=torch.float64)).cumprod(0)
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        sdekit.TableVPSDE(levels)
+    before = torch.cat((torch.ones(1, dtype=torch.float64), levels[:-1]))
+    assert torch.tensor(sdekit.TableVPSDE(1.0 - levels / before).betas) == pytest.approx(
+        torch.tensor(table.betas), rel=1e-9
+    )
