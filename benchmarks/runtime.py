@@ -82,8 +82,8 @@ def forwards(model: sdekit.ScoreModel, x: Tensor, calls: int) -> int:
     return calls
 
 
-def floor_of(call: Callable[[int], object], device: torch.device) -> Callable[[int], object]:
-    """So many times what `call(1)` does, with as little around it as can be: on CUDA a captured graph."""
+def floor_of(call: Callable[[int], int], device: torch.device) -> Callable[[int], int]:
+    """So many times what `call(1)` does, and how many, with as little around it as can be: on CUDA a captured graph."""
     if device.type != "cuda":
         return call
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -134,7 +134,7 @@ def beside_others(report: Report, device: torch.device, quick: bool) -> None:
         probe = fixed_probe(x)
         repeats = 2 if quick or batch > 64 else 5
         asked, calls = floor_of(lambda times: bare(model, x, probe, times), device), 20 if batch < 1024 else 3
-        floor = least_each(lambda: asked(calls) and calls, repeats, device)
+        floor = least_each(lambda: asked(calls), repeats, device)
         tight = {"solver": sdekit.Dopri5(), "controller": sdekit.PID(TOLERANCE, TOLERANCE)}
         methods: dict[str, Callable[[], float]] = {}
         for runtime in runtimes(device):
@@ -180,7 +180,7 @@ def overheads(report: Report, device: torch.device, quick: bool) -> None:
         probe, repeats = fixed_probe(x), 2 if quick or batch > 64 else 12
         asked, calls = floor_of(lambda times: bare(model, x, probe, times), device), 20 if batch < 1024 else 5
         once = floor_of(lambda times: forwards(model, x, times), device)
-        floors = {"vjp": lambda: asked(calls) and calls, "forward": lambda: once(50) and 50}
+        floors = {"vjp": lambda: asked(calls), "forward": lambda: once(50)}
         cases: list[tuple[str, str, Callable[[], float], float]] = []
         for runtime in runtimes(device):
             fresh = sdekit.Hutchinson(probes=1)

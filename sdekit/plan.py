@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._checks import choose_device, require_count, require_deterministic, require_seed, require_shape
+from ._checks import choose_device, require_count, require_deterministic, require_seed
 from ._sampler import default_solver
 from .controller import FixedGrid
 from .grid import likelihood, mixed_time
@@ -110,7 +110,8 @@ def plan_sampling(
     """
     require_count("steps", steps)
     require_count("samples", samples)
-    require_shape((samples, *event))
+    if not event or not all(type(size) is int and size >= 0 for size in event):
+        raise ValueError(f"event={event!r}; a sample's shape with at least one axis is needed, for example (2,).")
     require_seed(seed)
     require_deterministic(model)
     numbers = torch.arange(samples, device=choose_device(model, device)) + _APART

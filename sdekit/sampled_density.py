@@ -22,14 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import (
-    choose_device,
-    require_deterministic,
-    require_indices,
-    require_part,
-    require_seed,
-    require_shape,
-)
+from ._checks import choose_device, require_deterministic, require_indices, require_seed, require_shape
 from ._fit import check_grid_ends
 from ._method import Method, check_forward_mode, choose_method, judged, warn_loose
 from ._tensor import working
@@ -39,7 +32,7 @@ from .driver import Outcome, check_limits
 from .grid import mixed_time
 from .grid_density import solve_density
 from .integrate import finish
-from .likelihood import probe_variance
+from .likelihood import check_laws, probe_variance
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .loop import Problem, begin
 from .model.score_model import ScoreModel
@@ -147,9 +140,7 @@ def sample_log_prob(
     first = torch.full((sizes[0],), sde.t_max, dtype=torch.float64, device=where)
     if isinstance(method.controller, FixedGrid) and nodes is None:
         check_grid_ends(method.controller, first, torch.full_like(first, sde.t_min))
-    if transform is not None:
-        require_part("transform", transform, "check", "sdekit.Affine(2.0, -1.0)")
-        transform.check(latent.shape[1:])
+    check_laws(None, transform, latent)
     keys, mixed = Hutchinson.keys(seed, numbers), mixed_time(sde, model.data_std, downward=True)
     term = LikelihoodFlow(model, method.divergence, latent.shape[1:], keys, mixed)
     start = working(latent)

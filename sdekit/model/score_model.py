@@ -146,20 +146,19 @@ class ScoreModel(nn.Module):
         net, bound, rows = self.net, self.bound, label_rows(labels, x.shape[0], dtype, x.device)
         shape, plain = x.shape, x.dtype is dtype
         watched: list[Tensor] = []  # the answers of the first two calls
-        writes, reuses = False, False
+        reuses = False
 
         def watching(seen: Tensor, number: int) -> Tensor:
-            nonlocal writes, reuses
+            nonlocal reuses
             out = self._answer(seen, rows[number], dtype)
             if len(watched) == 2:
                 return out.clone() if reuses else out
-            writes = bool(self._writes)
             reuses = bool(watched) and watched[0].data_ptr() == out.data_ptr() and out.numel() > 0
             watched.append(out)
             return out.clone()
 
         def call(seen: Tensor, number: int) -> Tensor:
-            if len(watched) < 2 or writes or reuses or not plain:
+            if len(watched) < 2 or self._writes or reuses or not plain:
                 return watching(seen, number)
             version = _version(seen)
             try:
@@ -194,7 +193,7 @@ class ScoreModel(nn.Module):
         if wrote and seen is x:
             raise NetworkError(_WRITES)
         if wrote or (self._writes is None and not seen.is_inference()):
-            self._writes = bool(self._writes) or wrote
+            self._writes = wrote
         return self._checked(out, x)
 
     def _checked(self, out: Any, x: Tensor) -> Tensor:
