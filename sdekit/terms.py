@@ -11,6 +11,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import choose_device
 from ._tensor import column, flatten
 from .ledger import Note
 from .model.parameterization import Mix
@@ -181,6 +183,8 @@ class ReverseSDE(Term):
             raise ValueError(f"eta={eta!r}; eta >= 0 is needed.")
         self.model = model
         self.eta = eta
+        if callable(eta):
+            _check_levels(eta, model)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -229,10 +233,26 @@ class ReverseSDE(Term):
         return Evaluation(self.drift(s, z), NO_AUX)
 
     def take(self, rows: Tensor) -> ReverseSDE:
-        return ReverseSDE(self.model.take(rows), self.eta)
+        return self._of(self.model.take(rows))
 
     def parts(self) -> tuple[Tensor, ...] | None:
         return None if callable(self.eta) else ()  # a function of the user's own may keep a state
 
     def around(self, model: ScoreModel, parts: tuple[Tensor, ...]) -> ReverseSDE:
-        return ReverseSDE(model, self.eta)
+        return self._of(model)
+
+    def _of(self, model: ScoreModel) -> ReverseSDE:
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+
+def _check_levels(eta: Callable[[Tensor], Tensor], model: ScoreModel) -> None:
+    """ValueError where `eta` is seen not to be a function of t that returns noise levels."""
+    ends = model.sde.t_min, model.sde.t_max
+    t = torch.linspace(*ends, 5, dtype=torch.float64, device=choose_device(model, None))
+    level = as_time(eta(t))
+    if level.shape not in ((), (1,), t.shape) or not bool((level >= 0).all()) or not bool(level.isfinite().all()):
+        raise ValueError(
+            f"eta(t) is {level.tolist()} at t={t.tolist()}; a finite eta(t) >= 0 is needed, () or the shape of t (B,)."
+        )

@@ -31,8 +31,15 @@ from .._tensor import column, flatten
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """`t` as a float64 tensor of the same shape."""
-    return torch.as_tensor(t, dtype=torch.float64)
+    """`t` as a float64 tensor of the same shape.
+
+    Raises:
+        TypeError: `t` is no number and no tensor of numbers.
+    """
+    try:
+        return torch.as_tensor(t, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"t={t!r}; a number or a tensor of times is needed.") from error
 
 
 def time_or_array(t: Tensor | float) -> Tensor:

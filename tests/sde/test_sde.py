@@ -349,6 +349,13 @@ def test_numbers_of_another_kind_are_refused():
         SDES["vp"].prior_log_prob(torch.zeros(2, 2, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("t", ["a", None, [0.1, "b"], object()])
+def test_what_is_no_time_is_named(t):
+    for ask in (sdekit.VPSDE().alpha, sdekit.TableVPSDE([0.1, 0.2]).sigma, sdekit.KarrasSDE().diffusion):
+        with pytest.raises(TypeError, match="; a number or a tensor of times is needed"):
+            ask(t)
+
+
 def test_processes_are_values():
     assert sdekit.VPSDE() == sdekit.VPSDE(0.1, 20.0)
     assert sdekit.KarrasSDE() == sdekit.KarrasSDE(0.002, 80.0)
