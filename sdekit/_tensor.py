@@ -112,6 +112,25 @@ def column(value: Numbers, like: Tensor) -> Tensor:
     return made.reshape(made.shape + (1,) * (like.dim() - made.dim()))
 
 
+def added(total: Tensor, parts: Tensor) -> Tensor:
+    """`total` (B, ...) and after it the rows of `parts` (m, B, ...), added one by one.
+
+    So its bits are the same however many rows come at once; `parts.sum(0)` adds them in an order that depends on the
+    layout.
+    """
+    if len(parts) < 2:
+        return total + parts[0] if len(parts) else total
+    return torch.cat((total[None], parts)).cumsum(0)[-1]
+
+
+def mean_over(value: Tensor, axis: int) -> Tensor:
+    """The mean over a short axis, added one by one: torch's own has bits that depend on what lies beside it."""
+    total, *others = value.unbind(axis)
+    for other in others:
+        total = total + other
+    return total / (len(others) + 1) if others else total
+
+
 def select(mask: Numbers, new: Tree, old: Tree) -> Tree:
     """Rows of `new` where `mask` (B,) holds, rows of `old` elsewhere, of the same dtypes."""
     if isinstance(mask, np.ndarray) and mask.all():  # known without waiting for anything

@@ -120,19 +120,22 @@ class Exact(Divergence):
     def evaluate(self, field: Field, x: Tensor, probes: Tensor | None) -> FieldValue:
         size, graph = flatten(x).shape[1], keeps_graph(x)
         out, leaf = traced(field, x)
-        trace = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        entries: list[Tensor] = []
         start, chunk = 0, self._chunk(x, size)
         while start < size:
             count = min(chunk or _MEASURED, size - start)
-            part, taken = _tried_sum(out, leaf, start, count, graph, chunk)
+            part, taken = _tried_entries(out, leaf, start, count, graph, chunk)
             if part is None:
                 self._fit[_shape(x)] = chunk = max(1, count // 2)
                 continue
             if chunk is None:
                 self._bytes[x.shape[1:], x.dtype, x.device] = taken / (count * x.shape[0])
                 chunk = self._chunk(x, size)
-            trace, start = trace + part, start + count
-        return FieldValue(out if graph else out.detach(), trace[:, None], None)
+            entries.append(part)
+            start += count
+        # All in one sum, so that its bits do not depend on the chunks, which depend on the batch.
+        diagonal = torch.cat(entries, 1) if len(entries) > 1 else entries[0].contiguous()
+        return FieldValue(out if graph else out.detach(), diagonal.sum(1, dtype=torch.float64)[:, None], None)
 
     def _chunk(self, x: Tensor, size: int) -> int | None:
         """Products at once, at least 1; None where what one takes is to be measured."""
@@ -247,25 +250,20 @@ def traces_of(probes: Tensor, products: Tensor) -> Tensor:
     return (probes * products).sum(2, dtype=torch.float64).T
 
 
-def _tried_sum(
+def _tried_entries(
     out: Tensor, leaf: Tensor, start: int, count: int, graph: bool, chunk: int | None
 ) -> tuple[Tensor | None, int]:
-    """(B,) float64 sum of `count` diagonal entries from `start` on, and the bytes it took, counted without a `chunk`.
+    """(B, count) diagonal entries from `start` on, and the bytes that they took, counted without a `chunk`.
 
     None instead where memory ran out and fewer at once are possible.
     """
 
-    def total() -> Tensor:
+    def diagonal() -> Tensor:
         vectors = torch.zeros(count, *out.shape, dtype=out.dtype, device=out.device)
         vectors.flatten(2).diagonal(start, 0, 2).fill_(1.0)
-        return (
-            vector_jacobian(out, leaf, vectors, True, graph)
-            .flatten(2)
-            .diagonal(start, 0, 2)
-            .sum(1, dtype=torch.float64)
-        )
+        return vector_jacobian(out, leaf, vectors, True, graph).flatten(2).diagonal(start, 0, 2).clone()
 
-    return (total(), 0) if chunk == 1 else tried(total, out.device, chunk is None)
+    return (diagonal(), 0) if chunk == 1 else tried(diagonal, out.device, chunk is None)
 
 
 def default_divergence(size: int, fresh: bool = True) -> Divergence:

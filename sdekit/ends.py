@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._tensor import column, dot, flatten
+from ._tensor import column, dot, flatten, mean_over
 from .divergence import Hutchinson
 from .errors import NetworkError, SolveError
 from .ledger import lone_variance, note
@@ -185,4 +185,4 @@ def _score(term: LikelihoodFlow, y: Tensor, t: Tensor, number: int) -> tuple[Ten
         return value, traces[:, 0], torch.zeros_like(traces[:, 0])
     count = divergence.probes
     variance = lone_variance(note(probes[:count], products[:, :count]), divergence.law, y.shape[1], count)
-    return value, traces[:, :count].mean(1), variance
+    return value, mean_over(traces[:, :count], 1), variance

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._interrupt import finish_step
-from ._tensor import flatten, there
+from ._tensor import added, flatten, mean_over, there
 from .divergence import Hutchinson
 from .ledger import Links, Note, settle_many
 from .likelihood_flow import FlowState, LikelihoodFlow
@@ -125,7 +125,7 @@ class Books:
             variance = self.variance
             if self.links is not None:
                 weight = self.weight[last : last + 1]
-                variance = variance + settle_many(self.links, None, weight, law, u.shape[1], probes)[0]
+                variance = added(variance, settle_many(self.links, None, weight, law, u.shape[1], probes)[0])
             variance = variance.clamp(min=0.0)  # as `settle` does
         return FlowState(u, self.log_det, self.product), self.rounded, variance
 
@@ -141,7 +141,7 @@ class Books:
         before = rates.new_zeros(self.depth, *rates.shape[1:]) if self.rates is None else self.rates
         rates = torch.cat((before, rates))
         gained, off = (_sums(rates, part[first:last], width) for part in self.by_step[2:])
-        self.log_det = self.log_det + gained.sum(0)
+        self.log_det = added(self.log_det, gained)
         self._cost(first, last, gained, off)
         self.rates, self.entered = rates[-self.depth :], last
         self.seen, self.kept, self.open = self.seen[-1:], self.kept[-width:], []
@@ -167,7 +167,7 @@ class Books:
         if divergence.fresh:
             self._link(products[:, :values], marks[:, :values], traces[..., :values], jacobian, first)
         if divergence.control:
-            traces = torch.cat((traces[..., :values], traces[..., values:].mean(2, keepdim=True)), 2)
+            traces = torch.cat((traces[..., :values], mean_over(traces[..., values:], 2)[..., None]), 2)
         return traces
 
     def _link(self, products: Tensor, marks: Tensor, traces: Tensor, jacobian: Tensor, first: int) -> None:
@@ -175,13 +175,13 @@ class Books:
         divergence, count, size = self.term.divergence, len(products), products.shape[3]
         assert isinstance(divergence, Hutchinson)
         entry = Note(
-            products.square().sum(3, dtype=torch.float64).mean(1) * jacobian.square()[:, None],
-            traces.mean(2) * jacobian[:, None] / size,
-            (marks[:, 0] if marks.shape[1] == 1 else marks.mean(1)) * jacobian.to(marks.dtype)[:, None, None],
+            mean_over(products.square().sum(3, dtype=torch.float64), 1) * jacobian.square()[:, None],
+            mean_over(traces, 2) * jacobian[:, None] / size,
+            mean_over(marks, 1) * jacobian.to(marks.dtype)[:, None, None],
         )
         weight = self.weight[max(0, first - 1) : first + count]
         more, self.links = settle_many(self.links, entry, weight, divergence.law, size, divergence.probes)
-        self.variance = self.variance + more
+        self.variance = added(self.variance, more)
 
     def _cost(self, first: int, last: int, gained: Tensor, off: Tensor) -> None:
         """Books the error estimates and the rounding of the steps that end at the nodes of a block."""
@@ -204,11 +204,11 @@ class Books:
         cost = term.nats(FlowState(error.flatten(0, 1), off[skip:].flatten(0, 1), None), aux)
         settled = torch.arange(first + skip, last, device=cost.device) >= self.depth
         shares = torch.where(settled, 1.0, 0.1).double()
-        self.indicated = self.indicated + (cost.reshape(count, batch) * shares[:, None]).sum(0)
+        self.indicated = added(self.indicated, cost.reshape(count, batch) * shares[:, None])
         moved = gained[skip:].flatten(0, 1)
         here = FlowState(state.flatten(0, 1), torch.zeros_like(moved), None)
         lost = term.rounding(torch.zeros_like(cost), here, here._replace(log_det=moved), aux)
-        self.rounded = self.rounded + lost.reshape(count, batch, 2).sum(0)
+        self.rounded = added(self.rounded, lost.reshape(count, batch, 2))
 
 
 def _rows(parts: list[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ._numbers import alike, at_least, cat, ones_like, real, square, where, zeros_like
+from ._tensor import mean_over
 from .divergence import Law
 
 
@@ -43,9 +44,9 @@ def note(probes: Tensor, products: Tensor) -> Note:
     """The `Note` of the value probes (K, B, D) and their products (B, K, D)."""
     marks = probes.transpose(0, 1) * products
     return Note(
-        products.square().sum(2, dtype=torch.float64).mean(1),
-        marks.sum(2, dtype=torch.float64).mean(1) / products.shape[2],
-        marks.mean(1),
+        mean_over(products.square().sum(2, dtype=torch.float64), 1),
+        mean_over(marks.sum(2, dtype=torch.float64), 1) / products.shape[2],
+        mean_over(marks, 1),
     )
 
 
@@ -187,7 +188,7 @@ class Links(NamedTuple):
 def settle_many(
     links: Links | None, entry: Note | None, weights: Tensor, law: Law, dim: int, probes: int
 ) -> tuple[Tensor, Links | None]:
-    """The variance (B,) of the nodes that became final, where all samples share weights known from the start.
+    """The variances (n, B) of the nodes that became final, where all samples share weights known from the start.
 
     Args:
         links: The node left open before; None at the first call.
@@ -211,7 +212,7 @@ def settle_many(
     after = _Neighbour(torch.cat((there[1:], none)), torch.cat((trace[1:], none)), torch.cat((link[1:], none)))
     variance = _node_variance(law, dim, probes, size, trace, before, after) * weights.square()[:, None]
     newest = Links(Note(size[-1], trace[-1], mark[-1]), link[-1], elder[-1], first + len(size))
-    return variance[:final].sum(0), None if closing else newest
+    return variance[:final], None if closing else newest
 
 
 def settle(ledger: Ledger, count: Tensor, law: Law, probes: int) -> Tensor:
