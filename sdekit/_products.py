@@ -25,6 +25,14 @@ _DETACHED = (
     "divergence is unknown: return the output without .detach() and outside of torch.no_grad()."
 )
 
+_DONATED = "donated buffers"  # how torch says that a compiled backward pass gives its memory away
+_ONCE = (
+    "the network was compiled by torch.compile, whose backward pass can be asked only once behind a forward pass, and "
+    "a trace of several products asks more often: pass the network that was not compiled, ask for one probe "
+    "(divergence=sdekit.Hutchinson()), or import torch._functorch.config and set donated_buffer = False there before "
+    "the network is first called."
+)
+
 
 def require_traceable(field: Field, x: Tensor) -> None:
     """Raises NetworkError if the output of `field` at `x` does not depend on it by autograd.
@@ -59,27 +67,62 @@ def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, grap
         vectors: (P, B, *event).
         keep: Whether `out` is to be differentiated again.
         graph: Whether the products are.
+
+    Raises:
+        NetworkError: The output does not depend on `leaf`, the backward pass raised, or it has no second derivative.
     """
-    if vectors.shape[0] == 1:
-        rows = torch.autograd.grad(
-            out, leaf, vectors[0], retain_graph=keep or graph, create_graph=graph, allow_unused=True
-        )
-        if rows[0] is None:
-            raise NetworkError(_DETACHED)
-        return rows[0][None]
+    if graph:
+        require_twice(out)
     try:
-        batched = torch.autograd.grad(
-            *(out, leaf, vectors), retain_graph=True, create_graph=graph, is_grads_batched=True, allow_unused=True
-        )[0]
-    except RuntimeError as error:  # a kernel without a batching rule: one product after another gives the same numbers
+        found = _pulled(out, leaf, vectors, keep, graph)
+    except Exception as error:
+        what = (
+            _ONCE if _DONATED in str(error) else f"the network's backward pass raised {type(error).__name__}: {error}"
+        )
+        raise NetworkError(what) from error
+    if found is None:
+        raise NetworkError(_DETACHED)
+    return found
+
+
+def _pulled(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool) -> Tensor | None:
+    """The products; None where `out` does not depend on `leaf`."""
+
+    def pulled(given: Tensor, again: bool, batched: bool = False) -> Tensor | None:
+        rest = {"create_graph": graph, "is_grads_batched": batched, "allow_unused": True}
+        return torch.autograd.grad(out, leaf, given, retain_graph=again or graph, **rest)[0]
+
+    if vectors.shape[0] == 1:
+        alone = pulled(vectors[0], keep)
+        return alone if alone is None else alone[None]
+    try:
+        return pulled(vectors, True, True)
+    except RuntimeError as error:
         if ran_out(error):
             raise
-        batched = torch.stack(
-            [torch.autograd.grad(out, leaf, v, retain_graph=True, create_graph=graph)[0] for v in vectors]
-        )
-    if batched is None:
-        raise NetworkError(_DETACHED)
-    return batched
+    # A kernel without a batching rule: one product after another gives the same numbers. A backward pass may answer in
+    # the same buffer each time.
+    rows = [pulled(vector, True) for vector in vectors]
+    return None if rows[0] is None else torch.stack([row.clone() for row in rows if row is not None])
+
+
+def require_twice(out: Tensor) -> None:
+    """Raises NetworkError where torch.compile made a part of the graph behind `out`: it has no second derivative.
+
+    Torch says so only where weights require a gradient; where they do not, a part of the derivative is missing.
+    """
+    seen, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith("CompiledFunction"):
+            raise NetworkError(
+                "the network was compiled by torch.compile, which has no second derivative, and a gradient of log p "
+                "needs one: pass the network that was not compiled."
+            )
+        left += [before for before, _ in node.next_functions]
 
 
 def reverse_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

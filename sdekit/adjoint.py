@@ -25,13 +25,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import require_deterministic
+from ._products import require_twice
 from .errors import NetworkError
 from .ledger import Ledger
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .solver.base import Solver
 
 _KEPT = 16  # few beside a network's graph, enough that 64 nodes cost one call more each
-_ONLY_ONCE = ("is not implemented", "differentiate twice")  # how torch says that a kernel has no second derivative
+_ONLY_ONCE = (
+    "is not implemented",
+    "differentiate twice",
+    "double backward",
+)  # how torch says that a kernel has no second derivative
 
 
 class Course(NamedTuple):
@@ -193,6 +198,8 @@ def _pull(
     with torch.enable_grad():
         before = _laden(at, course.term)
         after = _leaves(_advance(course, before))
+    for value in after:
+        require_twice(value)
     leaves = _leaves(before)
     pairs = [(value, given) for value, given in zip(after, adjoint, strict=False) if given is not None]
     try:

@@ -168,10 +168,7 @@ def _agree(before: list[Tensor], found: list[Tensor], wanted: list[Tensor], leas
 
     Estimates of errors, which are smaller than `least` numbers, may be all rounding.
     """
-    answers = model.network_dtype(wanted[0])
-    if torch.is_autocast_enabled("cuda"):
-        answers = torch.get_autocast_dtype("cuda")
-    share = _AGREES + 16 * torch.finfo(answers).eps
+    share = _AGREES + 16 * torch.finfo(model.precision(wanted[0])).eps
     checked = []
     for old, new, other in zip(before, found, wanted, strict=True):
         if other.numel() < least or not other.is_floating_point():

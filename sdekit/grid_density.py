@@ -109,7 +109,12 @@ def usable(problem: Problem, carry: Carry, limits: Limits) -> bool:
         return False
     if term.mixed.sde != model.sde or term.mixed.data_std != model.data_std:
         return False
-    return model.network_dtype(carry.z.u) is carry.z.u.dtype and bool((carry.s == carry.s[0]).all())
+    return _as_precise(model, carry.z.u) and bool((carry.s == carry.s[0]).all())
+
+
+def _as_precise(model: ScoreModel, u: Tensor) -> bool:
+    """Whether the network answers in the precision of the states; that it does not may be seen by its first answer."""
+    return model.network_dtype(u) is u.dtype and model.precision(u, u.dtype) is u.dtype
 
 
 def solve_density(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
@@ -117,7 +122,8 @@ def solve_density(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     if not usable(problem, carry, limits):
         return drive(problem, carry, limits)
     outcome = _Solve(problem, carry, limits).run()
-    if outcome.error is None and not bool(all_finite((outcome.carry.z.u, outcome.carry.z.log_det)).all()):
+    coarse = not _as_precise(problem.term.model, carry.z.u)  # known now; what that costs is booked by the loop
+    if coarse or (outcome.error is None and not bool(all_finite((outcome.carry.z.u, outcome.carry.z.log_det)).all())):
         again = drive(problem, carry, limits)  # it says which sample failed, and where
         return again._replace(calls=again.calls + outcome.calls, paid=again.paid + outcome.paid)
     return outcome
@@ -159,6 +165,8 @@ class _Solve:
                     for weight, past in zip(numbers.chain[k], kept, strict=False):
                         shown.add_(past, alpha=weight)
                 out, answer = self._ask(shown, rows[k], k)
+                if not k and not _as_precise(term.model, u):
+                    break
                 slope = torch.add(out, shown, alpha=numbers.tilt[k])
                 self.books.enter(shown, slope, answer)
                 kept.appendleft(slope)

@@ -197,7 +197,7 @@ class LikelihoodFlow(Term):
         du, gradient = tensor(of_x, x.dtype)[:, :, None] * x + tensor(of_output, x.dtype)[:, :, None] * out
         log_det = traces + (of_x[0] * scale * x.shape[1])[:, None]
         coarse = None
-        if self.has_density and (network := torch.finfo(self._network_dtype(x)).eps) > torch.finfo(x.dtype).eps:
+        if self.has_density and (network := self._coarsest(x)) > torch.finfo(x.dtype).eps:
             own = gradient * column(of_output[0], out) * out
             coarse = _COARSER * network * sqrt(alike(dot(own, own), s) + square(traces[:, 0]))
         # J' v of the whole field is the network's plus a multiple of v, which has no variance: left out of `product`.
@@ -239,6 +239,10 @@ class LikelihoodFlow(Term):
         if self._dtypes is None or self._dtypes[0] is not x.dtype:
             self._dtypes = x.dtype, self.model.network_dtype(x)
         return self._dtypes[1]
+
+    def _coarsest(self, x: Tensor) -> float:
+        """The relative precision of the network's answers."""
+        return torch.finfo(self.model.precision(x, self._network_dtype(x))).eps
 
     def _field(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, D) the network's own output at x (B, D)."""

@@ -83,4 +83,6 @@ def kind(problem: Problem, carry: Carry) -> Hashable:
             raise CannotCompileError(f"{type(value).__name__} is not of this package, and may keep a state")
     tensors = [*own_parts(problem), *leaves(carry)]
     shapes = tuple((leaf.dtype, leaf.shape[1:]) for leaf in tensors)
-    return (*values, *own, shapes, tensors[0].device, model.network_dtype(batch_of(carry.z)), torch.get_num_threads())
+    like = batch_of(carry.z)
+    kinds = model.network_dtype(like), model.precision(like)
+    return (*values, *own, shapes, tensors[0].device, *kinds, torch.get_num_threads())

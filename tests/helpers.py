@@ -133,7 +133,7 @@ def perceptron(dim: int, seed: int, activation: type[nn.Module] = nn.Tanh, width
             )
 
         def forward(self, x: Tensor, label: Tensor) -> Tensor:
-            return self.layers(torch.cat((x, label[:, None]), 1))
+            return self.layers(torch.cat((x, label[:, None].to(x.dtype)), 1))
 
     net = Net().double()
     source = seeded(seed)

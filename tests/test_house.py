@@ -30,6 +30,7 @@ ORDER = [
     "model.parameterization",
     "model._file",
     "model._labels",
+    "model._seen",
     "model.score_model",
     "model.guidance",
     "model.nets",

@@ -30,3 +30,8 @@ def label_rows(labels: tuple[float, ...], batch: int, dtype: torch.dtype, device
             while len(_labels) > _LABELS_KEPT:
                 _labels.popitem(last=False)
     return rows
+
+
+def label_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a network that computes in `dtype` is given its label in: half precision has no step 999 of 1000."""
+    return dtype if dtype.itemsize >= 4 else torch.float32

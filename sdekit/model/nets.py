@@ -11,6 +11,7 @@ so choose `period` at least the range of labels (1 for t itself, 999 for labels 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,17 @@ class LabelFeatures(nn.Module):
         self.register_buffer("frequencies", (2.0 * math.pi / period * steps).float())
 
     def forward(self, label: Tensor) -> Tensor:
-        """The features of `label`, (B,)."""
-        phase = label[:, None] * self.frequencies.to(label.dtype)
+        """The features of `label`, (B,), in single precision, or in double of a double label."""
+        exact = torch.promote_types(label.dtype, torch.float32)  # in half precision neighbouring labels are one
+        phase = label[:, None].to(exact) * self.frequencies.to(exact)
         return torch.cat((phase.sin(), phase.cos()), 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LabelFeatures:
+        """Moves the frequencies and leaves them in single precision: rounded ones are others."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
 
 
 class Conditioning(nn.Module):
@@ -63,7 +72,7 @@ class Conditioning(nn.Module):
 
     def forward(self, label: Tensor, y: Tensor | None) -> Tensor:
         """The vector for time labels (B,) and classes (B,) of integers, or None."""
-        vector: Tensor = self.second(F.silu(self.first(self.features(label))))
+        vector: Tensor = self.second(F.silu(self.first(self.features(label).to(self.first.weight.dtype))))
         if self.table is None:
             if y is not None:
                 raise ValueError("y is given but the network has no classes: build it with classes=<their number>.")

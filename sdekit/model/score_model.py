@@ -10,7 +10,7 @@ in the dtype of its own parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,13 @@ from .._tensor import column, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
-from ._labels import label_rows
+from ._labels import label_dtype, label_rows
+from ._seen import WRITES, memory_of, raised, require_answer, require_followed, usable, versions
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
-_WRITES = (
-    "the network writes into its input, and did not in its first calls, so the state it was given is lost: have it "
-    "work on a copy (x = x.clone()), or out of place."
-)
+_COMPUTES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # all others only store weights
+_WATCHED = 4  # calls of a solve in which answers are looked at for a buffer that is used again
 
 
 class ScoreModel(nn.Module):
@@ -72,7 +71,10 @@ class ScoreModel(nn.Module):
         self.parameterization = chosen
         self.data_std = float(data_std)
         self.bound: dict[str, Any] = dict(condition or {})
-        self._writes: bool | None = None  # whether the network writes into its input, once it was seen
+        for name, value in self.bound.items():
+            require_followed(name, value)
+        self._writes: bool | None = None  # whether the network writes into what it is given, once it was seen
+        self._answers: torch.dtype | None = None  # a type of less precision that it answered in
 
     def condition(self, **condition: Any) -> ScoreModel:
         """This model with keyword arguments bound for its network, sharing the weights.
@@ -80,14 +82,13 @@ class ScoreModel(nn.Module):
         Args:
             condition: Tensors of leading size B (one entry a sample), or anything else, passed as it is.
         """
-        for name, value in condition.items():
-            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            if any(isinstance(part, Tensor) for part in parts):
-                raise TypeError(
-                    f"condition {name} is a {type(value).__name__} that holds tensors, whose rows could not follow "
-                    "their samples: pass each tensor as a keyword of its own."
-                )
-        return ScoreModel(self.net, self.sde, self.parameterization, self.data_std, {**self.bound, **condition})
+        return self._with({**self.bound, **condition})
+
+    def _with(self, bound: dict[str, Any]) -> ScoreModel:
+        """This model with what is bound replaced; what was seen of its network is known there too."""
+        other = ScoreModel(self.net, self.sde, self.parameterization, self.data_std, bound)
+        other._writes, other._answers = self._writes, self._answers
+        return other
 
     def _apply(self, fn: Any, recurse: bool = True) -> ScoreModel:
         """Moves bound tensors along with the weights (`to`, `cuda`, `double`)."""
@@ -99,8 +100,7 @@ class ScoreModel(nn.Module):
         """This model for the samples `rows` only: their rows of every bound tensor."""
         if not self.bound:
             return self
-        kept = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self.bound.items()}
-        return ScoreModel(self.net, self.sde, self.parameterization, self.data_std, kept)
+        return self._with({k: value[rows] if isinstance(value, Tensor) else value for k, value in self.bound.items()})
 
     def check_batch(self, batch: int) -> None:
         """Raises ValueError unless every bound tensor has `batch` rows."""
@@ -109,6 +109,11 @@ class ScoreModel(nn.Module):
                 raise ValueError(
                     f"condition {name}.shape={tuple(value.shape)}; a leading size of {batch} is needed, "
                     "an entry for each sample: use .expand(batch, ...)."
+                )
+            if isinstance(value, list) and len(value) == batch > 1:
+                raise ValueError(
+                    f"condition {name} is a list of {batch}, as many as there are samples, whose entries could not "
+                    "follow their samples: pass a tensor; or a tuple, if all of it is for every sample."
                 )
 
     def output(self, x: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -143,73 +148,89 @@ class ScoreModel(nn.Module):
         again, is given copies and its answers are copied.
         """
         dtype = self.network_dtype(x)
-        net, bound, rows = self.net, self.bound, label_rows(labels, x.shape[0], dtype, x.device)
+        net, rows = self.net, label_rows(labels, x.shape[0], label_dtype(dtype), x.device)
         shape, plain = x.shape, x.dtype is dtype
-        watched: list[Tensor] = []  # the answers of the first two calls
+        watched: list[Tensor] = []  # the answers of the first calls, kept so that none has another's memory by chance
         reuses = False
 
         def watching(seen: Tensor, number: int) -> Tensor:
             nonlocal reuses
             out = self._answer(seen, rows[number], dtype)
-            if len(watched) == 2:
+            if len(watched) == _WATCHED:
                 return out.clone() if reuses else out
-            reuses = bool(watched) and watched[0].data_ptr() == out.data_ptr() and out.numel() > 0
+            reuses = reuses or any(memory_of(out) == memory_of(other) for other in watched if out.numel())
             watched.append(out)
             return out.clone()
 
         def call(seen: Tensor, number: int) -> Tensor:
-            if len(watched) < 2 or self._writes or reuses or not plain:
+            if len(watched) < _WATCHED or self._writes or reuses or not plain:
                 return watching(seen, number)
-            version = _version(seen)
+            bound = self.bound
+            version = versions(seen, bound)
             try:
                 out = net(seen, rows[number], **bound)
                 usual = type(out) is Tensor and out.dtype is dtype and out.shape == shape  # nearly always: no copies
             except Exception as error:
-                raise _raised(error, seen) from error
-            if _version(seen) != version:
-                raise NetworkError(_WRITES)
+                raise raised(error, seen, dtype) from error
+            if versions(seen, bound) != version:
+                raise NetworkError(WRITES)
             return out if usual else self._checked(out, seen)
 
         return call
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
         """What the network computes in: the type of its parameters, that of `x` where it has none."""
-        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
+        return next((p.dtype for p in self.net.parameters() if p.dtype in _COMPUTES), x.dtype)
+
+    def precision(self, x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+        """What its answers are rounded to: the coarsest of what it computes in, was seen to answer in, and autocast's.
+
+        Args:
+            x: Its input.
+            dtype: What `network_dtype` says, for whoever has asked already.
+        """
+        kinds = [self.network_dtype(x) if dtype is None else dtype]
+        kinds += [] if self._answers is None else [self._answers]
+        if torch.is_autocast_enabled(x.device.type):
+            kinds.append(torch.get_autocast_dtype(x.device.type))
+        return kinds[0] if len(kinds) == 1 else max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
         try:  # what has the type already is not asked to take it: that costs as much as a small operation
+            kind = label_dtype(dtype)
             seen, level = (
                 x if x.dtype is dtype else x.to(dtype),
-                label if label.dtype is dtype else tensor(label, dtype),
+                label if label.dtype is kind else tensor(label, kind),
             )
-            if seen is x and (self._writes is not False or x.is_inference()):
+            bound, copies = self.bound, self._writes is not False
+            if bound:
+                bound = self.bound = usable(bound)
+            if seen is x and (copies or x.is_inference()):
                 seen = x.clone()
-            version = _version(seen)
-            out = self.net(seen, level, **self.bound)
+            if copies:
+                level = level.clone()
+                bound = {name: part.clone() if isinstance(part, Tensor) else part for name, part in bound.items()}
+            before, others = versions(seen), versions(level, bound)
+            out = self.net(seen, level, **bound)
         except Exception as error:
-            raise _raised(error, x) from error
-        wrote = _version(seen) != version
-        if wrote and seen is x:
-            raise NetworkError(_WRITES)
+            raise raised(error, x, dtype) from error
+        wrote, spoilt = versions(seen) != before, versions(level, bound) != others
+        if not copies and (spoilt or (wrote and seen is x)):
+            raise NetworkError(WRITES)
+        wrote = wrote or spoilt
         if wrote or (self._writes is None and not seen.is_inference()):
             self._writes = wrote
         return self._checked(out, x)
 
     def _checked(self, out: Any, x: Tensor) -> Tensor:
         """What the network answered to `x`, in the dtype of `x`, if it is an answer."""
-        if not isinstance(out, Tensor):
-            raise NetworkError(
-                f"the network returned a {type(out).__name__}; a tensor of shape {tuple(x.shape)} is needed."
-            )
-        if out.shape != x.shape:
-            raise NetworkError(
-                f"the network returned shape {tuple(out.shape)} for an input of shape {tuple(x.shape)}; "
-                "the same shape is needed: broadcasting it would mix samples."
-            )
-        if not out.is_floating_point():
-            raise NetworkError(f"the network returned {out.dtype}; a floating tensor is needed.")
-        return out if out.dtype is x.dtype else out.to(x.dtype)
+        require_answer(out, x)
+        if out.dtype is x.dtype:
+            return cast(Tensor, out)
+        if torch.finfo(out.dtype).eps > torch.finfo(x.dtype).eps:
+            self._answers = out.dtype
+        return cast(Tensor, out.to(x.dtype))
 
     def _as(self, target: Parameterization, x: Tensor, t: Tensor | float) -> Tensor:
         require_batch("x", x)
@@ -273,13 +294,3 @@ class ScoreModel(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the weights of {str(path)!r} do not fit the network: {error}") from error
         return cls(net, facts["sde"], facts["parameterization"], facts["data_std"])
-
-
-def _version(x: Tensor) -> int:
-    """How often it was written to, where that is counted."""
-    return 0 if x.is_inference() else x._version
-
-
-def _raised(error: Exception, x: Tensor) -> NetworkError:
-    """What to say of an error that the network raised for the input `x`."""
-    return NetworkError(f"the network raised {type(error).__name__} for an input of shape {tuple(x.shape)}: {error}")

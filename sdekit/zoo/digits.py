@@ -171,7 +171,7 @@ class CellNet(nn.Module):
 
     def coefficients(self, x: Tensor, half_log_snr: Tensor, shift: Tensor | None = None) -> Tensor:
         """(B, 6, 64) changes of the log-probabilities, from states (B, 64) and half_log_snr (B,)."""
-        vector = self.time2(F.silu(self.time1(self.label(half_log_snr))))
+        vector = self.time2(F.silu(self.time1(self.label(half_log_snr).to(self.time1.weight.dtype))))
         if shift is not None:
             vector = vector + self.shift(shift.to(vector.dtype))
         h = self.enter(x)
