@@ -157,24 +157,44 @@ def require_same_device(module: nn.Module, x: Tensor, name: str = "x") -> None:
 
 
 def require_deterministic(module: nn.Module) -> None:
-    """Raises ValueError if a sample's output would be random or depend on the other samples.
+    """Raises ValueError if a sample's output would be random, depend on the other samples, or change the network.
 
     Dropout in train mode makes every evaluation another network; batch normalisation by batch statistics couples
-    the samples, and then the trace of the Jacobian is not the per-sample divergence.
+    the samples, and then the trace of the Jacobian is not the per-sample divergence; spectral norms and running
+    statistics are written to by every call. What a module of the user's own does in train mode shows in its attributes
+    only: one that is a probability of dropping something is taken for dropout.
     """
     require_model(module)
     for name, part in module.named_modules():
-        if isinstance(part, _DROPOUTS) and part.training and part.p > 0:
-            raise ValueError(
-                f"the network's {name or type(part).__name__} is dropout (p={part.p}) in train mode: each call would "
-                "be another network, and no density belongs to it. Call net.eval() first."
-            )
-        if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
-            raise ValueError(
-                f"the network's {name or type(part).__name__} is batch normalisation by batch statistics: samples "
-                "influence one another, and the trace is not their divergence. Call net.eval(), with running "
-                "statistics."
-            )
+        why = _moves(part)
+        if why is not None:
+            raise ValueError(f"the network's {name or type(part).__name__} {why}")
+
+
+def _moves(part: nn.Module) -> str | None:
+    """Why a module's answers are random, depend on the batch or change it; None where nothing is seen."""
+    random = "in train mode: each call would be another network, and no density belongs to it. Call net.eval() first."
+    kind = getattr(part, "original_name", type(part).__name__)  # a scripted module says what it was
+    if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
+        return (
+            "is batch normalisation by batch statistics: samples influence one another, and the trace is not their "
+            "divergence. Call net.eval(), with running statistics."
+        )
+    if not part.training:
+        return None
+    if isinstance(part, _DROPOUTS):
+        return f"is dropout (p={part.p}) {random}" if part.p > 0 else None
+    if kind.endswith("Dropout") or isinstance(part, nn.RReLU):
+        return f"is random ({kind}) {random}"
+    for attribute, value in vars(part).items():
+        if "drop" in attribute.lower() and isinstance(value, float) and 0.0 < value <= 1.0:
+            return f"has {attribute}={value} {random}"
+    if isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.track_running_stats:
+        return "tracks running statistics in train mode: every call changes the network. Call net.eval() first."
+    hooks = (*part._forward_pre_hooks.values(), part)
+    if any(type(hook).__name__ in ("SpectralNorm", "_SpectralNorm") for hook in hooks):
+        return "has a spectral norm in train mode: every call changes the network. Call net.eval() first."
+    return None
 
 
 def is_own(value: object) -> bool:

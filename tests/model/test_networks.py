@@ -1,0 +1,308 @@
+"""Networks as people have them: what writes, answers in its own buffers, is random, of other types, or compiled."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.parametrizations as parametrizations
+from helpers import draw
+from torch import nn
+
+import sdekit
+from sdekit.model import nets
+
+
+class Plain(nn.Module):
+    """Nearly the noise of Gaussian data of spread 0.5, by a smooth function of its input and its condition."""
+
+    def forward(self, x, label, shift=None):
+        moved = x if shift is None else x + shift
+        return 0.7 * x + 0.1 * torch.tanh(moved) * (1.0 + label[:, None])
+
+
+def model_of(net, **rest):
+    return sdekit.ScoreModel(net.eval(), sdekit.VPSDE(), **rest)
+
+
+X = 0.5 * draw(0, 4, 2)
+
+
+class WritesCondition(Plain):
+    def forward(self, x, label, shift):
+        shift += 0.1
+        return super().forward(x, label, shift)
+
+
+class WritesLabel(Plain):
+    def forward(self, x, label):
+        return super().forward(x, label.mul_(0.5))
+
+
+WAYS = {
+    "adaptive": lambda model: sdekit.log_likelihood(model, X, throw=False).log_prob,
+    "nodes": lambda model: sdekit.log_likelihood(model, X, nodes=12).log_prob,
+    "sample": lambda model: sdekit.sample(model, (4, 2), steps=8, dtype=torch.float64).x,
+    "encode": lambda model: sdekit.encode(model, X).x,
+    "bound": lambda model: sdekit.variational_bound(model, X, draws=4).value,
+    "score": lambda model: model.score(X, torch.full((4,), 0.3, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_writes_into_its_condition_gets_a_copy(way):
+    kept, given = torch.full((4, 2), 0.3, dtype=torch.float64), torch.full((4, 2), 0.2, dtype=torch.float64)
+    plain = WAYS[way](model_of(Plain()).condition(shift=kept))
+    found = WAYS[way](model_of(WritesCondition()).condition(shift=given))
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
+    assert (given == 0.2).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_writes_into_its_label_gets_a_copy(way):
+    meaning = sdekit.noise(lambda sde, t: t)  # the solver's own times, where the network computes in double precision
+    plain = WAYS[way](model_of(Plain(), parameterization=sdekit.noise(lambda sde, t: 0.5 * t)))
+    torch.testing.assert_close(WAYS[way](model_of(WritesLabel(), parameterization=meaning)), plain)
+
+
+def test_a_network_that_begins_to_write_later_is_refused():
+    class Later(Plain):
+        calls = 0
+
+        def forward(self, x, label, shift):
+            Later.calls += 1
+            if Later.calls > 6:
+                shift += 1.0
+            return super().forward(x, label, shift)
+
+    model = model_of(Later()).condition(shift=torch.zeros(4, 2, dtype=torch.float64))
+    with pytest.raises(sdekit.SolveError, match="writes into its input, label or condition"):
+        sdekit.log_likelihood(model, X)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_answers_in_buffers_that_are_used_again_are_copied(count):
+    class Ring(Plain):
+        def __init__(self):
+            super().__init__()
+            self.rings, self.calls = [torch.empty(6, 2, dtype=torch.float64) for _ in range(count)], 0
+
+        def forward(self, x, label):
+            self.calls += 1
+            window = self.rings[self.calls % count][1 : 1 + len(x)]
+            return window.copy_(super().forward(x, label))
+
+    for ask in (
+        lambda net: sdekit.sample(model_of(net), (4, 2), steps=8, solver=sdekit.DPMSolverPP(3), dtype=torch.float64).x,
+        lambda net: sdekit.sample(model_of(net), (4, 2), steps=8, eta=1.0, dtype=torch.float64).x,
+    ):
+        torch.testing.assert_close(ask(Ring()), ask(Plain()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"text": torch.zeros(4, 2)},
+        {"deep": {"text": [torch.zeros(4)]}},
+        (torch.zeros(4),),
+        [np.zeros(4)],
+        np.zeros((4, 2)),
+    ],
+)
+def test_conditions_whose_rows_cannot_follow_are_refused_however_they_are_given(value):
+    with pytest.raises(TypeError, match="condition shift is a"):
+        model_of(Plain()).condition(shift=value)
+    with pytest.raises(TypeError, match="condition shift is a"):
+        sdekit.ScoreModel(Plain(), sdekit.VPSDE(), condition={"shift": value})
+
+
+def test_a_list_of_an_entry_a_sample_is_refused_and_one_for_all_is_not():
+    class Sized(Plain):
+        def forward(self, x, label, size):
+            return super().forward(x, label)
+
+    with pytest.raises(ValueError, match="is a list of 4, as many as there are samples"):
+        sdekit.log_likelihood(model_of(Sized()).condition(size=[1, 2, 3, 4]), X, nodes=4)
+    for size in ([1, 2], (1, 2, 3, 4), "four"):
+        sdekit.log_likelihood(model_of(Sized()).condition(size=size), X, nodes=4)
+
+
+def test_conditions_made_in_inference_mode_are_taken():
+    with torch.inference_mode():
+        made = torch.full((4, 2), 0.3, dtype=torch.float64)
+    usual = model_of(Plain()).condition(shift=torch.full((4, 2), 0.3, dtype=torch.float64))
+    wanted = sdekit.log_likelihood(usual, X).log_prob
+    found = sdekit.log_likelihood(model_of(Plain()).condition(shift=made), X).log_prob
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    with torch.inference_mode():
+        inside = sdekit.log_likelihood(model_of(Plain()).condition(shift=made), X).log_prob
+    torch.testing.assert_close(inside.clone(), wanted, rtol=0, atol=0)
+
+
+class Weighed(nn.Module):
+    """Two linear layers around a sine; its labels may be of any type."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(2, 16), nn.Linear(16, 2)
+
+    def forward(self, x, label):
+        return self.second(torch.sin(self.first(x) + label[:, None].to(x.dtype)))
+
+
+def test_a_type_that_only_stores_weights_is_not_computed_in():
+    class Stored(Weighed):
+        def __init__(self):
+            super().__init__()
+            self.a_first = nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def named_parameters(self, *args, **kwargs):
+            yield "a_first", self.a_first
+            yield from super().named_parameters(*args, **kwargs)
+
+    assert model_of(Stored()).network_dtype(X) is torch.float32
+    found = sdekit.sample(model_of(Stored()), (4, 2), steps=6).x
+    assert torch.equal(found, sdekit.sample(model_of(Weighed()), (4, 2), steps=6).x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_round_labels(dtype):
+    class Watched(Weighed):
+        def forward(self, x, label):
+            labels.append(label)
+            return super().forward(x, label)
+
+    table = sdekit.TableVPSDE.linear(1000)
+    for ask in (lambda model: model.score(X, table.t_max), lambda model: sdekit.sample(model, (4, 2), steps=4)):
+        net, labels = Watched().to(dtype), []
+        ask(sdekit.ScoreModel(net.eval(), table, sdekit.noise(sdekit.table_label(1000))))
+        assert {label.dtype for label in labels} == {torch.float32}
+        assert float(labels[0].max()) == 999.0
+    features = nets.LabelFeatures(4, 1000.0)
+    exact = features(torch.tensor([999.0]))
+    assert torch.equal(features.to(dtype)(torch.tensor([999.0])), exact)
+
+
+@pytest.mark.parametrize("way", ["around", "within"])
+@pytest.mark.parametrize("nodes", [None, 24])
+def test_autocast_is_booked_as_rounding(way, nodes):
+    class Cast(Weighed):
+        def forward(self, x, label):
+            with torch.autocast("cpu", torch.bfloat16, enabled=way == "within"):
+                return super().forward(x, label)
+
+    x, how = X.float().repeat(8, 1), {"divergence": sdekit.Exact(), "nodes": nodes, "throw": False, "tolerance": 0.1}
+    exact = sdekit.log_likelihood(model_of(Weighed()), x, **how)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "around"):
+        found = sdekit.log_likelihood(model_of(Cast()), x, **how)
+    off = (found.log_prob - exact.log_prob).abs()
+    assert off.max() > 20 * exact.rounding.max()  # so that there is something to be seen
+    room = found.rounding + found.solver_error + exact.solver_error
+    assert (off <= room).double().mean() >= 0.9
+
+
+ANSWERS = {
+    "diffusers' way": (lambda out: {"sample": out}, "returned a dict.*return_dict=False"),
+    "learned sigma": (lambda out: torch.cat((out, out), 1), r"shape \(4, 4\).*out.chunk\(2, 1\)"),
+    "a broadcast": (lambda out: out[:, :1], "broadcasting it would mix samples"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_other_answers_are_named_with_what_to_do(answer):
+    change, words = ANSWERS[answer]
+
+    class Other(Plain):
+        def forward(self, x, label):
+            return change(super().forward(x, label))
+
+    with pytest.raises(sdekit.NetworkError, match=words):
+        model_of(Other()).score(X, 0.5)
+
+
+def test_a_network_that_differentiates_is_told_of_no_grad():
+    class Energy(nn.Module):
+        def forward(self, x, label):
+            return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
+
+    with pytest.raises(sdekit.SolveError, match=r"called under torch.no_grad\(\) here"):
+        sdekit.sample(model_of(Energy()), (4, 2), steps=4)
+
+
+TRAINED = {
+    "attention": (lambda: nn.MultiheadAttention(4, 2, dropout=0.2), "has dropout=0.2"),
+    "recurrent": (lambda: nn.GRU(3, 3, 2, dropout=0.1), "has dropout=0.1"),
+    "functional": (lambda: type("Own", (nn.Module,), {"drop_prob": None})(), "has drop_prob=0.3"),
+    "random slope": (nn.RReLU, "is random"),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), "has a spectral norm"),
+    "instance norm": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), "tracks running statistics"),
+    "dropout": (lambda: nn.Dropout(0.1), r"is dropout \(p=0.1\)"),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_random_or_changes_in_train_mode_is_refused_there_only(kind):
+    make, words = TRAINED[kind]
+
+    class Around(Plain):
+        def __init__(self):
+            super().__init__()
+            self.part = make()
+
+    net = Around()
+    if kind == "functional":
+        net.part.drop_prob = 0.3
+    with pytest.raises(ValueError, match=rf"the network's \S+ {words}.*net.eval\(\)"):
+        sdekit.log_likelihood(sdekit.ScoreModel(net.train(), sdekit.VPSDE()), X, nodes=4)
+    sdekit.log_likelihood(model_of(net), X, nodes=4)
+
+
+@pytest.mark.parametrize("part", [nn.Dropout(0.0), nn.MultiheadAttention(4, 2), nn.InstanceNorm1d(3), nn.GRU(3, 3)])
+def test_train_mode_alone_is_no_reason(part):
+    class Around(Plain):
+        def __init__(self):
+            super().__init__()
+            self.part = part
+
+    sdekit.log_likelihood(sdekit.ScoreModel(Around().train(), sdekit.VPSDE()), X, nodes=4)
+
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, label, words):
+        ctx.fails, ctx.words = bool(label.max() > 0.5), words
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, given):
+        if ctx.fails:
+            raise RuntimeError(ctx.words)
+        return given * 1.0, None, None
+
+
+@pytest.mark.parametrize("how", [{}, {"nodes": 16}, {"divergence": sdekit.Hutchinson()}])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("out of luck", "backward pass raised RuntimeError: out of luck"), ("non-empty donated buffers", "torch.compile")],
+)
+def test_what_was_solved_before_a_backward_pass_failed_is_kept(how, words, said):
+    class Net(Plain):
+        def forward(self, x, label):
+            return super().forward(Raises.apply(x, label, words), label)
+
+    with pytest.raises(sdekit.SolveError, match=said) as caught:
+        sdekit.log_likelihood(model_of(Net()), X, **how)
+    assert caught.value.solution.log_prob.shape == (4,)
+    assert caught.value.solution.stats.evaluations.min() > 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch's own tracing
+def test_a_compiled_network_has_no_second_derivative(frozen):
+    net = Weighed().double().requires_grad_(not frozen)
+    compiled = torch.compile(net, backend="aot_eager")
+    x = X.clone().requires_grad_()
+    wanted = sdekit.log_likelihood(model_of(net), X, nodes=12).log_prob
+    found = sdekit.log_prob(model_of(compiled), x, nodes=12)
+    torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-9)
+    with pytest.raises(sdekit.NetworkError, match=r"compiled by torch.compile, which has no second derivative"):
+        found.sum().backward()
