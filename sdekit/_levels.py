@@ -22,6 +22,7 @@ variance of a stratified one and that variance is estimated without bias: sum of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from ._fit import check_moments
 from ._random import Stream
 from ._tensor import column, dot, flatten, working
 from .divergence import Divergence, Hutchinson
+from .errors import SdekitWarning
 from .loss import Times
 from .model.parameterization import Noise, conversion
 from .model.score_model import ScoreModel
@@ -49,6 +51,8 @@ from .sde.base import SDE, as_time
 from .targets import Gaussian
 
 _NEAREST = 1e-8  # of delta: below, the time itself is rounded
+_HEAVY = 50.0  # times the weight of uniform levels; the default's heaviest have some ten times
+_EDGES = (1e-9, 1.0 - 1e-9)  # quantiles of the levels next to the ends, where a law of levels is thinnest
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Plan:
 
     Attributes:
         draws: Draws a sample, even, at least 2: as many network evaluations.
-        times: The law of the noise levels, divided out again; `UniformHalfLogSNR()` gives all of them one weight.
+        times: The law of the noise levels, divided out again: the mean stays the same, but `std_error` knows only of
+            levels that came. `UniformHalfLogSNR()` gives all of them one weight.
         seed: 0 <= seed < 2^63.
         batch: Pairs of a sample and a draw in one network call, at least 1.
     """
@@ -142,6 +147,7 @@ class Question:
         model.check_batch(x.shape[0])
         check_moments(data_moments, x)
         self.model, self.sde, self.plan = model, model.sde, plan
+        _warn_heavy(plan.times, model.sde)
         self.x = working(x)
         self.numbers = require_indices(indices, x.shape[0], x.device)
         self.terminal = data_moments
@@ -210,7 +216,8 @@ class Question:
 
     def diverging(self, divergence: Divergence, from_data: bool) -> Integral:
         """The divergence form of the integral."""
-        keys = Hutchinson.keys(self.plan.seed, self.numbers)
+        # Of their own: with a solve's probes the bound would lean to the side that log p leans to.
+        keys = Hutchinson.keys(self.plan.seed, self.numbers, (Stream.BOUND, Stream.BOUND_CONTROL))
 
         def integrand(pairs: Pairs) -> Tensor:
             mine = conversion(
@@ -261,6 +268,22 @@ class Question:
         state = column(scale, x) * x + column(spread, x) * noise
         pairs = Pairs(self.model.take(row), row, number, state, noise, t, kappa, delta)
         return pairs, -sde.dhalf_log_snr(t) / drawn.density
+
+
+def _warn_heavy(times: Times, sde: SDE) -> None:
+    """Warns where levels that hardly ever come have a large weight: then few draws do not show how far off they are."""
+    drawn = times.at(sde, torch.tensor(_EDGES, dtype=torch.float64))
+    t = sde.clamp(drawn.t)
+    span = float(sde.half_log_snr(sde.t_min) - sde.half_log_snr(sde.t_max))
+    most = float((-sde.dhalf_log_snr(t) / drawn.density).max()) / span
+    if most > _HEAVY:
+        warnings.warn(
+            f"times={times!r} gives some levels {most:.0f} times the weight of uniform ones: they hardly ever come, so "
+            "that value and std_error mean little unless the network is right there. Leave times out, or pass "
+            "UniformHalfLogSNR().",
+            SdekitWarning,
+            stacklevel=4,
+        )
 
 
 def _path(sde: SDE, t: Tensor, from_data: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ._fit import check_method
 from ._products import require_traceable
 from .controller import Controller, FixedGrid, Nats
 from .divergence import Divergence, Hutchinson, default_divergence
-from .errors import ToleranceWarning
+from .errors import SdekitWarning, ToleranceWarning
 from .grid import mixed_time
 from .loop import Carry
 from .model.score_model import ScoreModel
@@ -75,7 +75,23 @@ def choose_method(
             f"fresh probes need a solver that weighs its nodes, and {type(chosen_solver).__name__} does not: "
             "use the default solver, or Hutchinson(..., fresh=False)."
         )
+    _warn_few_signs(divergence, x.shape[1:].numel())
     return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
+
+
+def _warn_few_signs(divergence: Divergence, size: int) -> None:
+    """Warns where K fixed probes of signs may all give one answer, whatever their error, in more than 1% of draws."""
+    if not isinstance(divergence, Hutchinson) or divergence.fresh or divergence.law != "rademacher":
+        return
+    alike = 0.5 ** ((size - 1) * (divergence.probes - 1))
+    if size > 1 and divergence.probes > 1 and alike > 0.01:
+        warnings.warn(
+            f"{divergence.probes} fixed probes of signs in {size} dimensions give one and the same answer in "
+            f"{100 * alike:.0f}% of all draws, and std_error is then 0 whatever the error: use sdekit.Exact(), which "
+            "takes as many products as there are dimensions.",
+            SdekitWarning,
+            stacklevel=4,
+        )
 
 
 class Judgement(NamedTuple):

@@ -54,6 +54,8 @@ class Stream(IntEnum):
     DEQUANTISE = 7
     LEVEL = 11
     CHECK = 12
+    BOUND = 13
+    BOUND_CONTROL = 14
 
 
 def _shift(word: Tensor, by: int) -> Tensor:

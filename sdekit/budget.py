@@ -56,14 +56,26 @@ class Ends(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """The lines, and what they come to; printed, a table of medians and largest values over the samples."""
+    """The lines, and what they come to; printed, a table of medians and largest values over the samples.
+
+    Attributes:
+        lines: One a cause.
+        quantile: How many standard errors a 95% interval reaches: 1.96, or Student's of few fixed probes.
+    """
 
     lines: tuple[Line, ...]
+    quantile: float = 1.96
 
     def total(self) -> Tensor:
-        """(B,) float64 nats: all lines added, the standard error 1.96 times. Causes seldom all add up: conservative."""
+        """(B,) float64 nats: all lines added, the standard error `quantile` times.
+
+        Causes seldom all add up, so it is conservative; but where one end is nearly all of it, it is that estimate,
+        and may be some percent too small.
+        """
         parts = [
-            (1.96 if line.kind == "standard error" else 1.0) * line.nats for line in self.lines if line.nats is not None
+            (self.quantile if line.kind == "standard error" else 1.0) * line.nats
+            for line in self.lines
+            if line.nats is not None
         ]
         return torch.stack(parts).sum(0)
 
@@ -71,7 +83,7 @@ class Budget(NamedTuple):
         rows = [("error, nats", "median", "largest", "what it is", "made smaller by")]
         for line in self.lines:
             rows.append((line.name, *_sizes(line.nats), f"{line.kind}: {line.source}", line.remedy))
-        rows.append(("all together", *_sizes(self.total()), "sum, the standard error 1.96 times", ""))
+        rows.append(("all together", *_sizes(self.total()), f"sum, the standard error {self.quantile:.3g} times", ""))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         made = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join((made[0], "  ".join("-" * width for width in widths), *made[1:]))
@@ -91,7 +103,9 @@ _AT_END = {
 }
 
 
-def budget_of(std_error: Tensor, solver_error: Tensor, rounding: Tensor, ends: Ends | None) -> Budget:
+def budget_of(
+    std_error: Tensor, solver_error: Tensor, rounding: Tensor, ends: Ends | None, quantile: float = 1.96
+) -> Budget:
     """The budget of a log likelihood; without `ends` two lines are not estimated.
 
     Args:
@@ -99,6 +113,7 @@ def budget_of(std_error: Tensor, solver_error: Tensor, rounding: Tensor, ends: E
         solver_error: (B,) nats; NaN where there is no estimate.
         rounding: (B,) nats.
         ends: From `log_likelihood(..., budget=True)`.
+        quantile: How many standard errors a 95% interval of the trace reaches.
     """
     asked = ("not estimated", "pass budget=True")
     left = Line("truncation at t_min", None, *asked, 'end="extrapolate"')
@@ -116,5 +131,6 @@ def budget_of(std_error: Tensor, solver_error: Tensor, rounding: Tensor, ends: E
             left,
             right,
             Line("rounding", rounding, "estimate", "that of states and slopes, in nats", "double precision"),
-        )
+        ),
+        quantile,
     )

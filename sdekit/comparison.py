@@ -30,7 +30,7 @@ from .errors import PartialResultWarning
 from .likelihood import log_likelihood
 from .model.score_model import ScoreModel
 from .runtime import Runtime
-from .solution import LogLikelihood, Status
+from .solution import LogLikelihood, Status, quantile
 from .targets import Gaussian
 from .units import Affine
 
@@ -70,6 +70,20 @@ class LogRatio(NamedTuple):
     solver_error: Tensor
     a: LogLikelihood
     b: LogLikelihood
+
+    def margin(self, level: float = 0.95) -> Tensor:
+        """(B,) float64 nats to either side of `value` that cover what the probes left, at a level of confidence.
+
+        `std_error` times Student's quantile where it is the spread of K fixed probes, else the normal law's.
+
+        Args:
+            level: Between 0 and 1.
+
+        Raises:
+            ValueError: A level that is none.
+        """
+        both = self.a.by_probe is not None and self.b.by_probe is not None
+        return quantile(self.a.by_probe if both else None, level) * self.std_error
 
     def mean(self) -> MeanRatio:
         """The mean over the samples that arrived, with the standard error of paired differences."""

@@ -31,7 +31,7 @@ from ._fit import times_of
 from ._random import Stream
 from ._tensor import flatten
 from .dequantize import Dequantizer, UniformDequantizer
-from .divergence import EXACT_UP_TO, Divergence, Exact
+from .divergence import EXACT_UP_TO, Divergence, Exact, Hutchinson
 from .errors import PartialResultWarning, SolveError, ToleranceWarning
 from .integrate import finish
 from .likelihood import log_likelihood
@@ -219,6 +219,12 @@ def _check_bound(
         raise ValueError(f"entropy={entropy!r}; 'closed' or 'sampled' is needed.")
     if debias and bound == "mean":
         raise ValueError("debias=True with bound='mean', which probes do not bias: leave debias out.")
+    if debias and isinstance(divergence, Hutchinson) and not divergence.fresh and divergence.probes > 1:
+        raise ValueError(
+            f"debias=True with divergence={divergence!r}: the spread of few fixed probes is so uncertain that half of "
+            "it may be far too little to take, and the bound would be none. Use fresh probes, one fixed probe or "
+            "Exact()."
+        )
     exact = isinstance(divergence, Exact) or (divergence is None and size <= EXACT_UP_TO)
     if bound == "importance" and samples > 1 and not (exact or debias):
         trace = f"divergence={divergence!r}" if divergence is not None else f"{size} dimensions, traces by one probe"

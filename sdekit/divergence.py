@@ -218,9 +218,9 @@ class Hutchinson(Divergence):
         return reverse_mode(field, x, vectors) if result is None else result
 
     @staticmethod
-    def keys(seed: int, indices: Tensor) -> Tensor:
+    def keys(seed: int, indices: Tensor, streams: tuple[Stream, Stream] = (Stream.PROBE, Stream.CONTROL)) -> Tensor:
         """(B, 2) int64 keys of the value's probes and the control's, from the seed and the global sample numbers."""
-        return torch.stack([_random.sample_keys(seed, use, indices) for use in (Stream.PROBE, Stream.CONTROL)], 1)
+        return torch.stack([_random.sample_keys(seed, use, indices) for use in streams], 1)
 
     def draw(self, keys: Tensor, node: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """(P, B, D) probes: those of the value first, the control's last (one, or D in up to 4 dimensions).

@@ -123,6 +123,8 @@ def _node_variance(
     around = (before.present * before.trace + after.present * after.trace) / count
     if law == "gaussian":
         variance = 2.0 * size
+    elif dim == 1:  # a sign squared is 1, and so is the sphere's: no variance
+        variance = zeros_like(size)
     elif law == "sphere":
         variance = 2.0 * dim / (dim + 2.0) * (size - dim * trace * around)
     else:

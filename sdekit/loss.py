@@ -200,7 +200,8 @@ class LogNormalSigma(Times):
 class CauchyLogSigma(Times):
     """Times at which log(sigma/alpha) is Cauchy distributed, cut off at t_min and t_max.
 
-    Its tails are heavy: with `importance=True` no level has a weight much larger than uniform levels give it.
+    Its tails are heavy: with `importance=True` no level has more than some ten times the weight it has among uniform
+    levels.
 
     Attributes:
         center: Where log(sigma/alpha) is likeliest.

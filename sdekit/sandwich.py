@@ -50,6 +50,9 @@ class Sandwich(NamedTuple):
     def table(self) -> str:
         """The means over the batch in nats, each with its standard error, and how far each is from the flow's.
 
+        The four estimates share their noise levels, so they lean to one side together: their distances from one
+        another are less, or more, certain than their errors added in squares.
+
         Samples whose solve failed are left out of all rows. The errors are those of the estimates, not of the choice
         of samples.
         """

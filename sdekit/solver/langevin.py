@@ -174,13 +174,14 @@ class Underdamped(Corrector):
         p <- p + h/2 F;  x <- x + h/2 sigma p;  p <- e^{-friction h} p + sqrt(1 - e^{-2 friction h}) z;
         x <- x + h/2 sigma p;  p <- p + h/2 F.
 
-    On Gaussians the law of x is exact for every h < 2, whatever the friction. For that the momentum must last: it is
-    drawn before the first step and kept, as fresh normals at every step would not be its law under a finite h and would
-    heat x. One call makes moves + 1 evaluations: since the last score of the call before, the predictor has moved x.
+    On Gaussians the stationary law of x is exact for every h < 2 and friction > 0. The momentum's is not of variance 1
+    but a part of h^2 less, so the standard normals that it begins with heat x for some moves: by 1% under the default
+    and 8% under h = 1. It lasts: fresh normals at every step would heat x for good. One call
+    makes moves + 1 evaluations: since the last score of the call before, the predictor has moved x.
 
     Args:
         step: h, in (0, 2). Under strong friction it is a Langevin step of e = (h sigma)^2 / 2, reported as its size.
-        friction: >= 0, a unit of h; 0 never refreshes the momentum.
+        friction: >= 0, a unit of h; 0 never refreshes the momentum, and what it began with is never forgotten.
         moves: Moves a step, >= 1.
 
     Source: Leimkuhler and Matthews 2013, Rational construction of stochastic numerical methods for molecular sampling.
