@@ -29,7 +29,8 @@ class EDMChurn(Solver):
     from rho' to rho_1, gamma = min(churn h, sqrt 2 - 1). So small steps follow the reverse SDE of eta^2 = churn. The
     marginal law has order 2 where the start has its own; given the start, the order is 1, and so an error of the start
     (the prior's) is carried along by an SDE of eta^2 = churn + O(h). rho' never passes the
-    level of t_max. Steps towards the noise are not churned; with gamma = 0 it is Heun's method in rho. Integrates a ProbabilityFlow, on a fixed grid.
+    level of t_max. Steps towards the noise are not churned; with gamma = 0 it is Heun's method in rho. Integrates a
+    ProbabilityFlow, on a fixed grid.
 
     The published gamma = min(S_churn/N, sqrt 2 - 1) is the same for each of N steps, whatever their length: with N
     steps equally long in half_log_snr, S_churn = churn (lambda(t_min) - lambda(t_max)).
