@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _WITH_FLOAT64 = ("cpu", "cuda")  # known to have it: not asked every time
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def require_positive(name: str, value: float) -> None:
     """Raises ValueError unless `value` is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    given: Any = value  # numpy's numbers are taken too
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}); a real number is needed.")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r}; a finite number above 0 is needed.")
@@ -84,6 +87,10 @@ def require_batch(name: str, x: Any) -> Tensor:
             f"{name}.dtype={x.dtype}; a floating tensor is needed. A density of integers does not exist: "
             "dequantise first (add uniform noise within each bin), then convert to floating point."
         )
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}.dtype={x.dtype}; float64, float32, float16 or bfloat16 is needed: convert it first.")
+    if x.is_meta:
+        raise ValueError(f"{name} is on the meta device and holds no numbers; a tensor on a CPU or CUDA is needed.")
     if x.layout != torch.strided:
         raise TypeError(f"{name}.layout={x.layout}; a dense tensor is needed: use .to_dense().")
     if x.dim() < 2:
@@ -91,6 +98,8 @@ def require_batch(name: str, x: Any) -> Tensor:
             f"{name}.shape={tuple(x.shape)}; shape (B, *event) with at least one event axis is needed: "
             "use x[:, None] for scalar events, x[None] for one sample."
         )
+    if not x.shape[1:].numel():
+        raise ValueError(f"{name}.shape={tuple(x.shape)}; at least one number a sample is needed.")
     require_float64(x.device)
     return x
 
@@ -108,10 +117,12 @@ def require_indices(indices: Tensor | None, batch: int, device: torch.device) ->
 
 def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """`shape` as (n, *event), checked."""
-    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-    if len(sizes) < 2 or not all(type(size) is int and size >= 0 for size in sizes):
+    sizes: tuple[Any, ...] = tuple(shape) if isinstance(shape, Iterable) else ()
+    if len(sizes) < 2 or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
-    return sizes
+    if sizes[0] < 0 or min(sizes[1:]) < 1:
+        raise ValueError(f"shape={shape!r}; n >= 0 samples of at least one number are needed, for example (16, 2).")
+    return tuple(int(size) for size in sizes)
 
 
 def require_seed(seed: int) -> None:

@@ -65,6 +65,11 @@ def follow(course: Course, u: Tensor) -> FlowState:
     Raises:
         NetworkError: The network cannot be used; in the backward pass, it cannot be differentiated twice.
     """
+    if any(type(part).__name__ == "DTensor" for part in course.term.model.parameters()):
+        raise NetworkError(
+            "the network's weights are spread over devices (DTensor), which are gone when a solve is run back: gather "
+            "them first, or use DistributedDataParallel."
+        )
     end, log_det = _Solve.apply(course, u, *_weights(course.term))  # type: ignore[no-untyped-call]
     return FlowState(end, log_det, None)
 

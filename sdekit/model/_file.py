@@ -65,6 +65,12 @@ def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, An
         ValueError: A fact is not one of sdekit's own values.
     """
     text = json.dumps({name: _encode(value) for name, value in facts.items()})
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the network's state {name!r} is a {type(value).__name__}, and a file of weights holds tensors only: "
+                "save net.state_dict() yourself and build the ScoreModel in code."
+            )
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     # Not save_file: that leaves a file only its owner may read.
     Path(path).write_bytes(save(tensors, metadata={"format": _FORMAT, "model": text}))

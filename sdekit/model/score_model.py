@@ -273,7 +273,7 @@ class ScoreModel(nn.Module):
             ValueError: The SDE, parameterization or label is not one of sdekit's: the file could not be read back.
         """
         facts = {"sde": self.sde, "parameterization": self.parameterization, "data_std": self.data_std}
-        write_model(path, self.net.state_dict(), facts)
+        write_model(path, getattr(self.net, "_orig_mod", self.net).state_dict(), facts)  # as it was not compiled
 
     @classmethod
     def load(cls, path: Any, net: nn.Module, *, device: torch.device | str = "cpu") -> ScoreModel:
@@ -290,7 +290,7 @@ class ScoreModel(nn.Module):
         weights, facts = read_model(path, device)
         net.to(device)
         try:
-            net.load_state_dict(weights)
+            getattr(net, "_orig_mod", net).load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"the weights of {str(path)!r} do not fit the network: {error}") from error
         return cls(net, facts["sde"], facts["parameterization"], facts["data_std"])

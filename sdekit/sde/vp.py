@@ -218,7 +218,8 @@ class TableVPSDE(SDE):
         if len(values) < 2 or not all(0.0 < beta < 1.0 for beta in values):
             bad = [beta for beta in values if not 0.0 < beta < 1.0][:3]
             raise ValueError(
-                f"betas: {len(values)} values, outside (0, 1): {bad}; at least 2, all in (0, 1), are needed."
+                f"betas: {len(values)} values, outside (0, 1): {bad}; at least 2, all in (0, 1), are needed "
+                "(tables for other than 1000 steps are scaled by 1000/steps)."
             )
         if values[0] > 0.9 and all(a >= b for a, b in pairwise(values)):
             raise ValueError(

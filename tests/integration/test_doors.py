@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
-from helpers import SDES, draw, mixture
+from helpers import SDES, draw, gaussian, mixture
 from torch import nn
 
 import sdekit
@@ -159,3 +160,30 @@ def test_a_network_that_begins_to_write_later_is_refused(how):
     model = sdekit.ScoreModel(Silu(5), SDE, data_std=0.7)
     with pytest.raises(sdekit.SolveError, match="writes into its input"):
         sdekit.sample(model, (3, 2), **how)
+
+
+@pytest.mark.parametrize(
+    ("x", "kind", "words"),
+    [
+        (torch.zeros(3, 0), ValueError, "at least one number a sample"),
+        (torch.zeros(2, 3, device="meta"), ValueError, "on the meta device"),
+        (torch.zeros(2, 3).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn; float64, float32, float16 or bfloat16"),
+    ],
+    ids=["no numbers", "meta", "float8"],
+)
+def test_tensors_without_numbers_of_their_own_are_refused(x, kind, words):
+    model = gaussian(3).score_model(sdekit.VPSDE())
+    for ask in (sdekit.log_likelihood, sdekit.encode, sdekit.variational_bound, sdekit.log_prob):
+        with pytest.raises(kind, match=words):
+            ask(model, x)
+
+
+def test_numpy_s_numbers_are_numbers():
+    model, x = gaussian(2).score_model(sdekit.VPSDE()), draw(0, 3, 2)
+    found = sdekit.sample(model, (np.int64(4), np.int32(2)), steps=4).x
+    assert torch.equal(found, sdekit.sample(model, (4, 2), steps=4).x)
+    loose = sdekit.log_likelihood(model, x, tolerance=np.float32(0.125)).log_prob
+    assert torch.equal(loose, sdekit.log_likelihood(model, x, tolerance=0.125).log_prob)
+    for shape in ((4, True), (4, 0), (-1, 2), (4.0, 2)):
+        with pytest.raises(ValueError, match="shape="):
+            sdekit.sample(model, shape, steps=4)

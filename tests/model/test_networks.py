@@ -306,3 +306,22 @@ def test_a_compiled_network_has_no_second_derivative(frozen):
     torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-9)
     with pytest.raises(sdekit.NetworkError, match=r"compiled by torch.compile, which has no second derivative"):
         found.sum().backward()
+
+
+def test_a_compiled_network_is_saved_as_the_one_it_was_made_from(tmp_path):
+    net, other = Weighed(), Weighed()
+    with torch.no_grad():
+        net.first.bias.fill_(0.5)
+    model_of(torch.compile(net, backend="eager")).save(tmp_path / "model.safetensors")
+    found = sdekit.ScoreModel.load(tmp_path / "model.safetensors", torch.compile(other, backend="eager"))
+    assert torch.equal(other.first.bias, net.first.bias)
+    assert isinstance(found, sdekit.ScoreModel)
+
+
+def test_a_state_that_is_no_tensor_cannot_be_saved(tmp_path):
+    class Extra(Weighed):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    with pytest.raises(ValueError, match="the network's state '_extra_state' is a dict"):
+        model_of(Extra()).save(tmp_path / "model.safetensors")
