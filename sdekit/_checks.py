@@ -121,7 +121,7 @@ def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if len(sizes) < 2 or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
     if sizes[0] < 0 or min(sizes[1:]) < 1:
-        raise ValueError(f"shape={shape!r}; n >= 0 samples of at least one number are needed, for example (16, 2).")
+        raise ValueError(f"shape={shape!r}; (n, *event), n >= 0 samples of at least one number, is needed: (16, 2).")
     return tuple(int(size) for size in sizes)
 
 

@@ -52,7 +52,6 @@ from .targets import Gaussian
 
 _NEAREST = 1e-8  # of delta: below, the time itself is rounded
 _HEAVY = 50.0  # times the weight of uniform levels; the default's heaviest have some ten times
-_EDGES = (1e-9, 1.0 - 1e-9)  # quantiles of the levels next to the ends, where a law of levels is thinnest
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,13 @@ class Question:
         model.check_batch(x.shape[0])
         check_moments(data_moments, x)
         self.model, self.sde, self.plan = model, model.sde, plan
-        _warn_heavy(plan.times, model.sde)
+        if (most := plan.times.heaviest(model.sde)) > _HEAVY:
+            warnings.warn(
+                f"times={plan.times!r} gives some levels {most:.0f} times the weight of uniform ones: they hardly ever "
+                "come, so value and std_error mean little unless the network is right there. Leave times out.",
+                SdekitWarning,
+                stacklevel=3,
+            )
         self.x = working(x)
         self.numbers = require_indices(indices, x.shape[0], x.device)
         self.terminal = data_moments
@@ -268,22 +273,6 @@ class Question:
         state = column(scale, x) * x + column(spread, x) * noise
         pairs = Pairs(self.model.take(row), row, number, state, noise, t, kappa, delta)
         return pairs, -sde.dhalf_log_snr(t) / drawn.density
-
-
-def _warn_heavy(times: Times, sde: SDE) -> None:
-    """Warns where levels that hardly ever come have a large weight: then few draws do not show how far off they are."""
-    drawn = times.at(sde, torch.tensor(_EDGES, dtype=torch.float64))
-    t = sde.clamp(drawn.t)
-    span = float(sde.half_log_snr(sde.t_min) - sde.half_log_snr(sde.t_max))
-    most = float((-sde.dhalf_log_snr(t) / drawn.density).max()) / span
-    if most > _HEAVY:
-        warnings.warn(
-            f"times={times!r} gives some levels {most:.0f} times the weight of uniform ones: they hardly ever come, so "
-            "that value and std_error mean little unless the network is right there. Leave times out, or pass "
-            "UniformHalfLogSNR().",
-            SdekitWarning,
-            stacklevel=4,
-        )
 
 
 def _path(sde: SDE, t: Tensor, from_data: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

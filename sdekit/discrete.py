@@ -220,11 +220,7 @@ def _check_bound(
     if debias and bound == "mean":
         raise ValueError("debias=True with bound='mean', which probes do not bias: leave debias out.")
     if debias and isinstance(divergence, Hutchinson) and not divergence.fresh and divergence.probes > 1:
-        raise ValueError(
-            f"debias=True with divergence={divergence!r}: the spread of few fixed probes is so uncertain that half of "
-            "it may be far too little to take, and the bound would be none. Use fresh probes, one fixed probe or "
-            "Exact()."
-        )
+        raise ValueError(f"debias=True with {divergence}, whose spread is too uncertain: use fresh probes.")
     exact = isinstance(divergence, Exact) or (divergence is None and size <= EXACT_UP_TO)
     if bound == "importance" and samples > 1 and not (exact or debias):
         trace = f"divergence={divergence!r}" if divergence is not None else f"{size} dimensions, traces by one probe"
@@ -242,9 +238,8 @@ def _state_dtype(model: ScoreModel, asked: torch.dtype | None) -> torch.dtype:
             raise TypeError(f"dtype={asked!r}; a floating dtype is needed, in which the states are kept.")
         return asked
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if not kinds:
-        return torch.get_default_dtype()
-    return torch.float64 if torch.float64 in kinds else torch.float32
+    wide = torch.float64 if torch.float64 in kinds else torch.float32
+    return wide if kinds else torch.get_default_dtype()
 
 
 def _no_draws(batch: int, samples: int, start: Tensor) -> _Draws:
@@ -296,8 +291,7 @@ def _report(result: DiscreteLogLikelihood, draws: _Draws, numbers: Tensor, throw
     lost = (draws.status != Status.DONE) & (draws.status != Status.LOOSE)
     reached = draws.reached.gather(1, lost.long().argmax(1, keepdim=True))[:, 0]
     finish(result, result.status, None, reached, "the noise's end of time with every draw", numbers, throw)
-    loose = int((draws.status == Status.LOOSE).sum())
-    if loose:
+    if loose := int((draws.status == Status.LOOSE).sum()):
         warnings.warn(
             f"{loose} of {draws.status.numel()} draws arrived with an estimated error above the tolerance (worst "
             f"{float(draws.solver_error.nan_to_num(0.0).max()):.3g} nats); see solver_error and status.",

@@ -134,6 +134,12 @@ class Times(ABC):
     def at(self, sde: SDE, u: Tensor) -> Draw:
         """The times at the quantiles `u`, (B,) float64 in [0, 1)."""
 
+    def heaviest(self, sde: SDE) -> float:
+        """The largest weight that dividing by the density gives a level next to an end, in that of uniform levels."""
+        drawn = self.at(sde, torch.tensor([1e-9, 1.0 - 1e-9], dtype=torch.float64))
+        span = sde.half_log_snr(sde.t_min) - sde.half_log_snr(sde.t_max)
+        return float((-sde.dhalf_log_snr(sde.clamp(drawn.t)) / drawn.density).max() / span)
+
     def draw(self, sde: SDE, batch: int, generator: torch.Generator) -> Draw:
         """`batch` times and their density.
 

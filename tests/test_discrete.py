@@ -369,6 +369,11 @@ class TestBadInput:
             ({"bound": "elbo"}, ValueError, "bound='elbo'"),
             ({"entropy": "exact"}, ValueError, "entropy='exact'"),
             ({"debias": True}, ValueError, "leave debias out"),
+            (
+                {"debias": True, "bound": "importance", "divergence": sdekit.Hutchinson(3, fresh=False)},
+                ValueError,
+                "too uncertain: use fresh probes",
+            ),
             ({"dequantizer": "uniform"}, TypeError, r"UniformDequantizer\(\)"),
             ({"dequantizer": UniformDequantizer}, TypeError, r"UniformDequantizer\(\)"),
             ({"t": 2.0}, ValueError, "t_min, t_max"),
