@@ -21,7 +21,7 @@ from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
 from ._labels import label_dtype, label_rows
-from ._seen import WRITES, memory_of, raised, require_answer, require_followed, usable, versions
+from ._seen import WRITES, raised, require_answer, require_followed, share_memory, usable, versions
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
@@ -158,7 +158,7 @@ class ScoreModel(nn.Module):
             out = self._answer(seen, rows[number], dtype)
             if len(watched) == _WATCHED:
                 return out.clone() if reuses else out
-            reuses = reuses or any(memory_of(out) == memory_of(other) for other in watched if out.numel())
+            reuses = reuses or any(share_memory(out, other) for other in watched)
             watched.append(out)
             return out.clone()
 
