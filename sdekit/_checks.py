@@ -7,6 +7,7 @@ for those samples alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _WITH_FLOAT64 = ("cpu", "cuda")  # known to have it: not asked every time
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_RANDOM = (*(f"Dropout{kind}" for kind in ("", "1d", "2d", "3d")), "StochasticDepth", "DropPath")  # classes' names
+_DROPS = re.compile(r"(^|_)(drop|dropout|drop_path)(_?(p|prob|rate|probability))?$")  # attributes of such a probability
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -177,28 +179,33 @@ def require_deterministic(module: nn.Module) -> None:
     """
     require_model(module)
     for name, part in module.named_modules():
-        why = _moves(part)
+        norm = isinstance(part, _BATCH_NORMS)
+        if not norm and not getattr(part, "training", False):  # a frozen script has no mode
+            continue
+        if norm and (part.training or part.running_mean is None):
+            why: str | None = (
+                "is batch normalisation by batch statistics: samples influence one another, and the trace is not their "
+                "divergence. Call net.eval(), with running statistics."
+            )
+        else:
+            why = _moves(part) if part.training else None
         if why is not None:
             raise ValueError(f"the network's {name or type(part).__name__} {why}")
 
 
 def _moves(part: nn.Module) -> str | None:
-    """Why a module's answers are random, depend on the batch or change it; None where nothing is seen."""
+    """Why a module in train mode gives random answers or is changed by a call; None where nothing is seen."""
     random = "in train mode: each call would be another network, and no density belongs to it. Call net.eval() first."
-    kind = getattr(part, "original_name", type(part).__name__)  # a scripted module says what it was
-    if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
-        return (
-            "is batch normalisation by batch statistics: samples influence one another, and the trace is not their "
-            "divergence. Call net.eval(), with running statistics."
-        )
-    if not part.training:
-        return None
-    if isinstance(part, _DROPOUTS):
-        return f"is dropout (p={part.p}) {random}" if part.p > 0 else None
-    if kind.endswith("Dropout") or isinstance(part, nn.RReLU):
+    kind = str(getattr(part, "original_name", type(part).__name__))  # a scripted module says what it was
+    shares: list[Any] = [getattr(part, name, None) for name in ("p", "drop_prob", "rate")]
+    share = next((value for value in shares if isinstance(value, Real)), None)
+    if kind.endswith(_RANDOM) and share != 0:
+        return f"is dropout (p={share}) {random}"
+    if isinstance(part, nn.RReLU):
         return f"is random ({kind}) {random}"
     for attribute, value in vars(part).items():
-        if "drop" in attribute.lower() and isinstance(value, float) and 0.0 < value <= 1.0:
+        given: Any = value
+        if isinstance(given, Real) and 0 < float(given) <= 1 and given is not True and _DROPS.search(attribute):
             return f"has {attribute}={value} {random}"
     if isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.track_running_stats:
         return "tracks running statistics in train mode: every call changes the network. Call net.eval() first."

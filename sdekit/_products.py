@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, grap
         NetworkError: The output does not depend on `leaf`, the backward pass raised, or it has no second derivative.
     """
     if graph:
-        require_twice(out)
+        require_twice(out, [leaf])
     try:
         found = _pulled(out, leaf, vectors, keep, graph)
     except Exception as error:
@@ -102,27 +102,41 @@ def _pulled(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool)
             raise
     # A kernel without a batching rule: one product after another gives the same numbers. A backward pass may answer in
     # the same buffer each time.
-    rows = [pulled(vector, True) for vector in vectors]
-    return None if rows[0] is None else torch.stack([row.clone() for row in rows if row is not None])
+    rows = []
+    for vector in vectors:
+        row = pulled(vector, True)
+        if row is None:
+            return None
+        rows.append(row.clone())
+    return torch.stack(rows)
 
 
-def require_twice(out: Tensor) -> None:
-    """Raises NetworkError where torch.compile made a part of the graph behind `out`: it has no second derivative.
+def require_twice(out: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Raises NetworkError where what torch.compile made lies between `leaves` and `out`: it has no second derivative.
 
     Torch says so only where weights require a gradient; where they do not, a part of the derivative is missing.
     """
-    seen, left = set(), [out.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith("CompiledFunction"):
-            raise NetworkError(
-                "the network was compiled by torch.compile, which has no second derivative, and a gradient of log p "
-                "needs one: pass the network that was not compiled."
-            )
-        left += [before for before, _ in node.next_functions]
+    ends = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
+    names = {id(leaf) for leaf in leaves}
+
+    def behind(first: Any) -> Iterator[Any]:
+        seen, left = set(), [first]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                yield node
+                left += [before for before, _ in node.next_functions]
+
+    def reaches(node: Any) -> bool:
+        return any(one in ends or id(getattr(one, "variable", None)) in names for one in behind(node))
+
+    compiled = [node for node in behind(out.grad_fn) if node.name().startswith("CompiledFunction")]
+    if any(reaches(node) for node in compiled):
+        raise NetworkError(
+            "the network was compiled by torch.compile, which has no second derivative, and a gradient of log p "
+            "needs one: pass the network that was not compiled."
+        )
 
 
 def reverse_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

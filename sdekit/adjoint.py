@@ -203,9 +203,9 @@ def _pull(
     with torch.enable_grad():
         before = _laden(at, course.term)
         after = _leaves(_advance(course, before))
-    for value in after:
-        require_twice(value)
     leaves = _leaves(before)
+    for value in after:
+        require_twice(value, leaves)
     pairs = [(value, given) for value, given in zip(after, adjoint, strict=False) if given is not None]
     try:
         found = torch.autograd.grad(

@@ -51,7 +51,7 @@ class Checkup(NamedTuple):
     Attributes:
         t: (n,) float64 times, from t_min to t_max.
         error: (n,) float64 mean square error a dimension of the predicted noise, whose own mean square is 1.
-        std_error: (n,) float64 of `error`, over the samples; NaN of one sample.
+        std_error: (n,) float64 of `error`, over the samples.
         linear: (n,) float64 the error of the best multiple of the centred state.
         samples: How many there were.
         apart: By how much of its size a sample's answer changes, where it changes most, when it is asked for alone and
@@ -139,7 +139,7 @@ def check_model(
     times = sde.clamp(sde.time_at(torch.linspace(first, last, levels, dtype=torch.float64)))
     variance = float(state.double().var(0, correction=1).mean())
     errors, spreads = [], []
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for number, t in enumerate(times):
             at = torch.full((x.shape[0],), float(t), dtype=torch.float64, device=x.device)
             counter = torch.full_like(keys, number)
@@ -150,7 +150,9 @@ def check_model(
     signal, sigma = sde.alpha(times).square() * variance, sde.sigma(times)
     error, spread = torch.stack(errors).cpu(), torch.stack(spreads).cpu()
     linear = signal / (signal + sigma.square())
-    return Checkup(times, error, spread, linear, x.shape[0], *_looked_at(model, state, keys, (first, last)))
+    with torch.inference_mode(False):
+        looked_at = _looked_at(model, state.clone(), keys, (first, last))
+    return Checkup(times, error, spread, linear, x.shape[0], *looked_at)
 
 
 def _looked_at(model: ScoreModel, x: Tensor, keys: Tensor, ends: tuple[float, float]) -> tuple[float, float]:
@@ -182,7 +184,9 @@ def _bent(model: ScoreModel, x: Tensor, t: Tensor, direction: Tensor) -> float:
     try:
         out, leaf = traced(lambda given: model.output(given, t), x)
         product = flatten(vector_jacobian(out, leaf, direction.reshape(1, *x.shape), False)[0]).double()
-    except NetworkError:
+    except NetworkError as error:
+        if error.__cause__ is not None:  # the network raised
+            raise
         return torch.inf
     with torch.no_grad():
         moved = step * direction.reshape(x.shape)

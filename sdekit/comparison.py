@@ -74,7 +74,7 @@ class LogRatio(NamedTuple):
     def margin(self, level: float = 0.95) -> Tensor:
         """(B,) float64 nats to either side of `value` that cover what the probes left, at a level of confidence.
 
-        `std_error` times Student's quantile where it is the spread of K fixed probes, else the normal law's.
+        `std_error` times Student's quantile where it is the spread of K probes, fixed or fresh, else the normal law's.
 
         Args:
             level: Between 0 and 1.
@@ -82,8 +82,8 @@ class LogRatio(NamedTuple):
         Raises:
             ValueError: A level that is none.
         """
-        both = self.a.by_probe is not None and self.b.by_probe is not None
-        return quantile(self.a.by_probe if both else None, level) * self.std_error
+        a, b = self.a.by_probe, self.b.by_probe
+        return quantile(None if a is None or b is None else a.shape[1] - 1, level) * self.std_error
 
     def mean(self) -> MeanRatio:
         """The mean over the samples that arrived, with the standard error of paired differences."""

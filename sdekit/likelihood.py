@@ -205,6 +205,7 @@ def _result(
         last,
         None if term.values < 2 else log_prob[:, None] + (values - values.mean(1, keepdim=True)),
         torch.where(arrived, rounding, nothing),
+        degrees=None if term.fresh or term.values < 2 else term.values - 1,
         reach=torch.where(arrived, dot(latent, latent) / (term.event.numel() * term.model.sde.prior_std**2), nothing),
     )
 

@@ -133,6 +133,7 @@ class LogLikelihood(NamedTuple):
         reach: float64, mean square of `latent` in units of the prior's: about 1 where a network knows the data. From 5
             on `solver_error` may be too small by any factor: the control trusts the network's score, and there the
             flow's own density has another gradient.
+        degrees: K - 1 where `std_error` is the spread of K >= 2 fixed probes: its degrees of freedom. Else None.
     """
 
     log_prob: Tensor
@@ -149,6 +150,7 @@ class LogLikelihood(NamedTuple):
     ends: Ends | None = None
     whole: Tensor | None = None
     reach: Tensor | None = None
+    degrees: int | None = None
 
     def budget(self) -> Budget:
         """The error budget: trace, solver, both ends and rounding, each with its source and its remedy.
@@ -157,7 +159,7 @@ class LogLikelihood(NamedTuple):
         """
         unknown = torch.full_like(self.std_error, math.nan)
         rounding = unknown if self.rounding is None else self.rounding
-        return budget_of(self.std_error, self.solver_error, rounding, self.ends, quantile(self.by_probe, 0.95))
+        return budget_of(self.std_error, self.solver_error, rounding, self.ends, quantile(self.degrees, 0.95))
 
     def margin(self, level: float = 0.95) -> Tensor:
         """(B,) float64 nats to either side of `log_prob` that cover what the probes left, at a level of confidence.
@@ -171,7 +173,7 @@ class LogLikelihood(NamedTuple):
         Raises:
             ValueError: A level that is none.
         """
-        return quantile(self.by_probe, level) * self.std_error
+        return quantile(self.degrees, level) * self.std_error
 
     def bits_per_dim(self, levels: int = 256, low: float = -1.0, high: float = 1.0) -> Tensor:
         """(B,) float64 bits per dimension of data quantised to `levels` equal bins of [low, high], dequantised.
@@ -197,12 +199,12 @@ class LogLikelihood(NamedTuple):
         return bits_per_dim(self.log_prob, self.latent.shape[1:].numel(), levels, low, high)
 
 
-def quantile(by_probe: Tensor | None, level: float) -> float:
+def quantile(degrees: int | None, level: float) -> float:
     """How many standard errors an interval of that confidence reaches to either side."""
     if not 0.0 < level < 1.0:
         raise ValueError(f"level={level!r}; a confidence between 0 and 1 is needed, for example 0.95.")
     tail = 0.5 * (1.0 + level)
-    return float(ndtri(tail) if by_probe is None else stdtrit(by_probe.shape[1] - 1.0, tail))
+    return float(ndtri(tail) if degrees is None else stdtrit(float(degrees), tail))
 
 
 class DiscreteLogLikelihood(NamedTuple):

@@ -102,7 +102,7 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
     stand_in = ScoreModel(
         _Marked(model.network_dtype(batch_of(carry.z))), model.sde, model.parameterization, model.data_std
     )
-    stand_in._answers = model.precision(batch_of(carry.z))
+    stand_in._answers = dict(model._answers)
 
     def ask(x: Tensor, t: Tensor, probes: Tensor | None) -> FieldValue:
         assert isinstance(problem.term, LikelihoodFlow)  # no other term asks for more than the value

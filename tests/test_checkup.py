@@ -188,6 +188,33 @@ def test_conditions_follow_the_samples_that_are_looked_at():
     assert found.bent < 1e-6
 
 
+def test_inference_mode_changes_nothing():
+    model = TARGET.score_model(SDES["vp"])
+    wanted = sdekit.check_model(model, X)
+    with torch.inference_mode():
+        found = sdekit.check_model(model, X.clone())
+    assert found.faults() == []
+    assert found.bent == wanted.bent
+
+
+def test_a_backward_pass_that_raises_is_not_taken_for_a_detached_one():
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, given):
+            raise RuntimeError("out of memory")
+
+    class Net(nn.Module):
+        def forward(self, x, label):
+            return Raises.apply(x)
+
+    with pytest.raises(sdekit.NetworkError, match="out of memory"):
+        sdekit.check_model(sdekit.ScoreModel(Net(), SDES["vp"]), X)
+
+
 def test_half_precision_is_not_looked_at_by_differences():
     class Half(nn.Module):
         def __init__(self):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def _encode(value: Any) -> Any:
     """JSON of a value made of sdekit's dataclasses and numbers."""
     if isinstance(value, (int, float, str)) or value is None:
         return value
+    if isinstance(value, Real):  # numpy's
+        return float(value)
     if isinstance(value, tuple):
         return [_encode(part) for part in value]
     if type(value) not in _VALUES:

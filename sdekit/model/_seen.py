@@ -22,6 +22,11 @@ def require_followed(name: str, value: object) -> None:
     """Raises TypeError for a condition of one entry a sample whose entries could not follow their samples."""
     if isinstance(value, np.ndarray):
         raise TypeError(f"condition {name} is a numpy array; a tensor is needed: torch.as_tensor(..).")
+    if isinstance(value, list):
+        raise TypeError(
+            f"condition {name} is a list, whose entries could not follow their samples: pass a tensor of an entry a "
+            "sample; or a tuple, if all of it is for every sample."
+        )
     if not isinstance(value, Tensor) and any(isinstance(part, (Tensor, np.ndarray)) for part in tree_leaves(value)):
         raise TypeError(
             f"condition {name} is a {type(value).__name__} that holds tensors, whose rows could not follow their "
@@ -53,8 +58,14 @@ def share_memory(x: Tensor, other: Tensor) -> bool:
     return x.numel() > 0 and x.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
-def require_answer(out: Any, x: Tensor) -> None:
-    """Raises NetworkError unless a network's answer to `x` is a floating tensor of its shape."""
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """What autocast has operations of a network of that type on the device of `x` compute in, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if dtype.itemsize < 8 and torch.is_autocast_enabled(kind) else None
+
+
+def require_answer(out: Any, x: Tensor) -> Tensor:
+    """A network's answer to `x`; raises NetworkError unless it is a floating tensor of its shape."""
     if not isinstance(out, Tensor):
         raise NetworkError(
             f"the network returned a {type(out).__name__}; a tensor of shape {tuple(x.shape)} is needed: wrap it in a "
@@ -67,6 +78,7 @@ def require_answer(out: Any, x: Tensor) -> None:
         )
     if not out.is_floating_point():
         raise NetworkError(f"the network returned {out.dtype}; a floating tensor is needed.")
+    return out
 
 
 def _other_shape(out: Tensor, x: Tensor) -> str:

@@ -48,8 +48,15 @@ class LabelFeatures(nn.Module):
         """Moves the frequencies and leaves them in single precision: rounded ones are others."""
         exact = self.frequencies
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.frequencies = exact.to(self.frequencies.device)
+        moved = self.frequencies
+        self.frequencies = moved.float() if exact.is_meta or moved.is_meta else exact.to(moved.device)
         return self
+
+
+def as_weighed(features: Tensor, layer: nn.Module) -> Tensor:
+    """The features in the type that a layer's weights are in; as they are where those are quantised."""
+    weight = layer.weight
+    return features.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else features
 
 
 class Conditioning(nn.Module):
@@ -72,7 +79,7 @@ class Conditioning(nn.Module):
 
     def forward(self, label: Tensor, y: Tensor | None) -> Tensor:
         """The vector for time labels (B,) and classes (B,) of integers, or None."""
-        vector: Tensor = self.second(F.silu(self.first(self.features(label).to(self.first.weight.dtype))))
+        vector: Tensor = self.second(F.silu(self.first(as_weighed(self.features(label), self.first))))
         if self.table is None:
             if y is not None:
                 raise ValueError("y is given but the network has no classes: build it with classes=<their number>.")

@@ -10,7 +10,7 @@ in the dtype of its own parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
 from ._labels import label_dtype, label_rows
-from ._seen import WRITES, raised, require_answer, require_followed, share_memory, usable, versions
+from ._seen import WRITES, autocast, raised, require_answer, require_followed, share_memory, usable, versions
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
@@ -74,7 +74,8 @@ class ScoreModel(nn.Module):
         for name, value in self.bound.items():
             require_followed(name, value)
         self._writes: bool | None = None  # whether the network writes into what it is given, once it was seen
-        self._answers: torch.dtype | None = None  # a type of less precision that it answered in
+        # Types of less precision that it answered in, by the kind of call.
+        self._answers: dict[Any, torch.dtype] = {}
 
     def condition(self, **condition: Any) -> ScoreModel:
         """This model with keyword arguments bound for its network, sharing the weights.
@@ -109,11 +110,6 @@ class ScoreModel(nn.Module):
                 raise ValueError(
                     f"condition {name}.shape={tuple(value.shape)}; a leading size of {batch} is needed, "
                     "an entry for each sample: use .expand(batch, ...)."
-                )
-            if isinstance(value, list) and len(value) == batch > 1:
-                raise ValueError(
-                    f"condition {name} is a list of {batch}, as many as there are samples, whose entries could not "
-                    "follow their samples: pass a tensor; or a tuple, if all of it is for every sample."
                 )
 
     def output(self, x: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -174,7 +170,7 @@ class ScoreModel(nn.Module):
                 raise raised(error, seen, dtype) from error
             if versions(seen, bound) != version:
                 raise NetworkError(WRITES)
-            return out if usual else self._checked(out, seen)
+            return out if usual else self._checked(out, seen, dtype)
 
         return call
 
@@ -189,10 +185,11 @@ class ScoreModel(nn.Module):
             x: Its input.
             dtype: What `network_dtype` says, for whoever has asked already.
         """
-        kinds = [self.network_dtype(x) if dtype is None else dtype]
-        kinds += [] if self._answers is None else [self._answers]
-        if torch.is_autocast_enabled(x.device.type):
-            kinds.append(torch.get_autocast_dtype(x.device.type))
+        dtype = self.network_dtype(x) if dtype is None else dtype
+        cast = autocast(x, dtype)
+        kinds = [dtype] if cast is None else [dtype, cast]
+        if self._answers:
+            kinds.append(self._answers.get((x.dtype, dtype, cast), dtype))
         return kinds[0] if len(kinds) == 1 else max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,7 +202,7 @@ class ScoreModel(nn.Module):
             )
             bound, copies = self.bound, self._writes is not False
             if bound:
-                bound = self.bound = usable(bound)
+                bound = usable(bound)
             if seen is x and (copies or x.is_inference()):
                 seen = x.clone()
             if copies:
@@ -221,16 +218,19 @@ class ScoreModel(nn.Module):
         wrote = wrote or spoilt
         if wrote or (self._writes is None and not seen.is_inference()):
             self._writes = wrote
-        return self._checked(out, x)
+        return self._checked(out, x, dtype)
 
-    def _checked(self, out: Any, x: Tensor) -> Tensor:
-        """What the network answered to `x`, in the dtype of `x`, if it is an answer."""
-        require_answer(out, x)
-        if out.dtype is x.dtype:
-            return cast(Tensor, out)
-        if torch.finfo(out.dtype).eps > torch.finfo(x.dtype).eps:
-            self._answers = out.dtype
-        return cast(Tensor, out.to(x.dtype))
+    def _checked(self, out: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the network of that dtype answered to `x`, in the dtype of `x`, if it is an answer."""
+        answer = require_answer(out, x)
+        if answer.dtype is x.dtype and not self._answers:
+            return answer
+        call = x.dtype, dtype, autocast(x, dtype)
+        if torch.finfo(answer.dtype).eps > torch.finfo(x.dtype).eps:
+            self._answers[call] = answer.dtype
+        else:
+            self._answers.pop(call, None)
+        return answer if answer.dtype is x.dtype else answer.to(x.dtype)
 
     def _as(self, target: Parameterization, x: Tensor, t: Tensor | float) -> Tensor:
         require_batch("x", x)
@@ -290,7 +290,8 @@ class ScoreModel(nn.Module):
         weights, facts = read_model(path, device)
         net.to(device)
         try:
-            getattr(net, "_orig_mod", net).load_state_dict(weights)
+            plain = {name.removeprefix("_orig_mod."): part for name, part in weights.items()}
+            getattr(net, "_orig_mod", net).load_state_dict(plain)
         except RuntimeError as error:
             raise ValueError(f"the weights of {str(path)!r} do not fit the network: {error}") from error
         return cls(net, facts["sde"], facts["parameterization"], facts["data_std"])

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .._checks import require_count, require_seed
 from ..likelihood import log_likelihood
 from ..loss import LogNormalSigma
-from ..model.nets import LabelFeatures
+from ..model.nets import LabelFeatures, as_weighed
 from ..model.score_model import ScoreModel
 from ..sde.vp import VPSDE
 from ..training import Batch, Batches, Recipe
@@ -171,7 +171,7 @@ class CellNet(nn.Module):
 
     def coefficients(self, x: Tensor, half_log_snr: Tensor, shift: Tensor | None = None) -> Tensor:
         """(B, 6, 64) changes of the log-probabilities, from states (B, 64) and half_log_snr (B,)."""
-        vector = self.time2(F.silu(self.time1(self.label(half_log_snr).to(self.time1.weight.dtype))))
+        vector = self.time2(F.silu(self.time1(as_weighed(self.label(half_log_snr), self.time1))))
         if shift is not None:
             vector = vector + self.shift(shift.to(vector.dtype))
         h = self.enter(x)

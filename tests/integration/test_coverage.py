@@ -106,11 +106,14 @@ def test_margins_are_quantiles_times_the_standard_error():
     for divergence, at_95, at_50 in (
         (sdekit.Hutchinson(), 1.95996, 0.67449),
         (sdekit.Hutchinson(1, fresh=False), 1.95996, 0.67449),
+        (sdekit.Hutchinson(4), 1.95996, 0.67449),
+        (sdekit.Hutchinson(2, control=True), 1.95996, 0.67449),
         (sdekit.Hutchinson(4, fresh=False), 3.18245, 0.76489),
     ):
         out = sdekit.log_likelihood(model, x, divergence=divergence, nodes=8)
         torch.testing.assert_close(out.margin(), at_95 * out.std_error, rtol=1e-5, atol=0.0)
         torch.testing.assert_close(out.margin(0.5), at_50 * out.std_error, rtol=1e-4, atol=0.0)
+        assert out.budget().quantile == pytest.approx(at_95, abs=1e-4)
     ratio = sdekit.log_ratio(model, gaussian(10, seed=1).score_model(sdekit.VPSDE()), x, divergence=divergence)
     torch.testing.assert_close(ratio.margin(), 3.18245 * ratio.std_error, rtol=1e-5, atol=0.0)
     for level in (0.0, 1.0, 95, math.nan):

@@ -103,7 +103,7 @@ def test_answers_in_buffers_that_are_used_again_are_copied(count):
         {"text": torch.zeros(4, 2)},
         {"deep": {"text": [torch.zeros(4)]}},
         (torch.zeros(4),),
-        [np.zeros(4)],
+        (np.zeros(4),),
         np.zeros((4, 2)),
     ],
 )
@@ -114,14 +114,15 @@ def test_conditions_whose_rows_cannot_follow_are_refused_however_they_are_given(
         sdekit.ScoreModel(Plain(), sdekit.VPSDE(), condition={"shift": value})
 
 
-def test_a_list_of_an_entry_a_sample_is_refused_and_one_for_all_is_not():
+def test_a_list_is_refused_and_a_tuple_is_for_all_samples():
     class Sized(Plain):
         def forward(self, x, label, size):
             return super().forward(x, label)
 
-    with pytest.raises(ValueError, match="is a list of 4, as many as there are samples"):
-        sdekit.log_likelihood(model_of(Sized()).condition(size=[1, 2, 3, 4]), X, nodes=4)
-    for size in ([1, 2], (1, 2, 3, 4), "four"):
+    for size in ([1, 2, 3, 4], [], ["a", "b"]):
+        with pytest.raises(TypeError, match=r"condition size is a list.*or a tuple, if all of it"):
+            model_of(Sized()).condition(size=size)
+    for size in ((1, 2), (1, 2, 3, 4), "four", None, 4):
         sdekit.log_likelihood(model_of(Sized()).condition(size=size), X, nodes=4)
 
 
@@ -325,3 +326,129 @@ def test_a_state_that_is_no_tensor_cannot_be_saved(tmp_path):
 
     with pytest.raises(ValueError, match="the network's state '_extra_state' is a dict"):
         model_of(Extra()).save(tmp_path / "model.safetensors")
+
+
+def test_precision_is_that_of_the_call_and_not_of_calls_before():
+    net, x = Weighed(), X.float().repeat(8, 1)
+    model, how = model_of(net), {"divergence": sdekit.Exact(), "nodes": 24}
+    fine = sdekit.log_likelihood(model, x, **how)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = sdekit.log_likelihood(model, x, **how)
+    again = sdekit.log_likelihood(model, x, **how)
+    assert coarse.rounding.max() > 20 * fine.rounding.max()
+    assert torch.equal(again.rounding, fine.rounding)
+    assert torch.equal(again.log_prob, fine.log_prob)
+    single = sdekit.log_likelihood(model, x.double(), **how)  # a float32 network under float64 states
+    double = sdekit.log_likelihood(model.double(), x.double(), **how)
+    assert double.rounding.max() < 1e-5 * single.rounding.max()
+    with torch.autocast("cpu", torch.bfloat16):  # leaves float64 alone
+        assert torch.equal(sdekit.log_likelihood(model, x.double(), **how).rounding, double.rounding)
+
+
+def test_frozen_scripts_are_taken():
+    frozen = torch.jit.freeze(torch.jit.script(Weighed().double().eval()))
+    found = sdekit.log_likelihood(sdekit.ScoreModel(frozen, sdekit.VPSDE()), X, nodes=8)
+    wanted = sdekit.log_likelihood(model_of(Weighed().double()), X, nodes=8)
+    torch.testing.assert_close(found.log_prob, wanted.log_prob, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("part", ["backdrop", "raindrop_radius", "drop_last_scale", "droplet_size", "dropped"])
+def test_attributes_that_only_sound_like_it_are_not_taken_for_dropout(part):
+    class Named(Plain):
+        def __init__(self):
+            super().__init__()
+            setattr(self, part, 0.5)
+
+    sdekit.log_likelihood(sdekit.ScoreModel(Named().train(), sdekit.VPSDE()), X, nodes=4)
+
+
+@pytest.mark.parametrize(
+    "name", ["drop", "attn_drop", "dropout_p", "label_dropout_prob", "drop_path_rate", "drop_prob"]
+)
+@pytest.mark.parametrize("share", [0.1, np.float32(0.1), 1, 0.0, False, True])
+def test_attributes_that_are_a_probability_of_dropping_are(name, share):
+    class Named(Plain):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, share)
+
+    model = sdekit.ScoreModel(Named().train(), sdekit.VPSDE())
+    if share and share is not True:
+        with pytest.raises(ValueError, match=f"has {name}="):
+            sdekit.log_likelihood(model, X, nodes=4)
+    else:
+        sdekit.log_likelihood(model, X, nodes=4)
+
+
+def test_classes_that_drop_by_name_are_refused_unless_they_drop_nothing():
+    for kind in ("StochasticDepth", "SpatialDropout", "DropPath"):
+        for attribute in ("p", "drop_prob"):
+            for share in (0.0, 0.2):
+                net = Plain()
+                net.part = type(kind, (nn.Module,), {})()
+                setattr(net.part, attribute, share)
+                model = sdekit.ScoreModel(net.train(), sdekit.VPSDE())
+                if share:
+                    with pytest.raises(ValueError, match=r"the network's \S*part is dropout"):
+                        sdekit.log_likelihood(model, X, nodes=4)
+                else:
+                    sdekit.log_likelihood(model, X, nodes=4)
+
+
+def test_a_compiled_part_that_the_state_does_not_go_through_has_gradients():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.body = nn.Linear(1, 8), nn.Linear(2, 8)
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x, label):
+            return self.out(torch.tanh(self.body(x)) * self.embed(label[:, None]))
+
+    def gradients(net):
+        net = net.double()
+        sdekit.log_prob(model_of(net), X, nodes=8).sum().backward()
+        return [part.grad for part in (net.body.weight, net.out.weight)]
+
+    wanted, net = gradients(Embedded()), Embedded()
+    net.embed = torch.compile(net.embed, backend="aot_eager")
+    torch.testing.assert_close(gradients(net), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_products_that_a_backward_pass_puts_into_one_buffer_are_copied():
+    buffer = torch.zeros(4, 2, dtype=torch.float64)
+
+    class Reuses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * torch.tensor([1.0, 2.0], dtype=x.dtype)
+
+        @staticmethod
+        def backward(ctx, given):
+            return buffer.copy_(given * torch.tensor([1.0, 2.0], dtype=given.dtype))
+
+    class Net(nn.Module):
+        def forward(self, x, label):
+            return Reuses.apply(x)
+
+    class Same(nn.Module):
+        def forward(self, x, label):
+            return x * torch.tensor([1.0, 2.0], dtype=x.dtype)
+
+    found, wanted = (sdekit.log_likelihood(model_of(net), X, nodes=12).log_prob for net in (Net(), Same()))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+def test_label_features_may_begin_on_no_device():
+    with torch.device("meta"):
+        made = nets.MLP((2,), width=8)
+    made = made.to_empty(device="cpu")
+    made.load_state_dict(nets.MLP((2,), width=8).state_dict())
+    assert made.conditioning.features.frequencies.dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
+def test_quantised_networks_of_ours_can_be_asked():
+    quantised = torch.ao.quantization.quantize_dynamic(nets.MLP((2,), width=16).eval(), {nn.Linear})
+    assert torch.isfinite(quantised(torch.zeros(3, 2), torch.zeros(3))).all()

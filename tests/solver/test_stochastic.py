@@ -421,7 +421,7 @@ def test_bad_arguments_are_named():
     model, x = gaussian(3).score_model(SDES["vp"]), draw(1, 2, 3)
     with pytest.raises(ValueError, match="eta=-1"):
         sdekit.ReverseSDE(model, -1)
-    for eta in (lambda t: -t, lambda t: t / 0, lambda t: t[:2]):
+    for eta in (lambda t: -t, lambda t: t / 0, lambda t: t * math.nan):
         with pytest.raises(ValueError, match=r"eta\(t\) is .*a finite eta\(t\) >= 0 is needed"):
             sdekit.sample(model, (2, 3), eta=eta)
     for eta in (0.5, 0.0, lambda t: t):
