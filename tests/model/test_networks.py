@@ -345,6 +345,7 @@ def test_precision_is_that_of_the_call_and_not_of_calls_before():
         assert torch.equal(sdekit.log_likelihood(model, x.double(), **how).rounding, double.rounding)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 def test_frozen_scripts_are_taken():
     frozen = torch.jit.freeze(torch.jit.script(Weighed().double().eval()))
     found = sdekit.log_likelihood(sdekit.ScoreModel(frozen, sdekit.VPSDE()), X, nodes=8)
