@@ -19,7 +19,7 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _WITH_FLOAT64 = ("cpu", "cuda")  # known to have it: not asked every time
 _RANDOM = (*(f"Dropout{kind}" for kind in ("", "1d", "2d", "3d")), "StochasticDepth", "DropPath")  # classes' names
 _DROPS = re.compile(r"(^|_)(drop|dropout|drop_path)(_?(p|prob|rate|probability))?$")  # attributes of such a probability
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # all others only store numbers
 
 
 def require_positive(name: str, value: float) -> None:
@@ -89,7 +89,7 @@ def require_batch(name: str, x: Any) -> Tensor:
             f"{name}.dtype={x.dtype}; a floating tensor is needed. A density of integers does not exist: "
             "dequantise first (add uniform noise within each bin), then convert to floating point."
         )
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name}.dtype={x.dtype}; float64, float32, float16 or bfloat16 is needed: convert it first.")
     if x.is_meta:
         raise ValueError(f"{name} is on the meta device and holds no numbers; a tensor on a CPU or CUDA is needed.")

@@ -32,11 +32,8 @@ from .likelihood_flow import FlowState, LikelihoodFlow
 from .solver.base import Solver
 
 _KEPT = 16  # few beside a network's graph, enough that 64 nodes cost one call more each
-_ONLY_ONCE = (
-    "is not implemented",
-    "differentiate twice",
-    "double backward",
-)  # how torch says that a kernel has no second derivative
+# How torch says that a kernel has no second derivative.
+_ONLY_ONCE = ("is not implemented", "differentiate twice", "double backward")
 
 
 class Course(NamedTuple):

@@ -16,10 +16,10 @@ with a central difference along a random direction.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from . import _random
@@ -36,8 +36,9 @@ from ._random import Stream
 from ._tensor import flatten, working
 from .errors import NetworkError
 from .model.score_model import ScoreModel
+from .solution import quantile
 
-_SURE = 4.0  # standard errors above the linear prediction's error, of a normal law
+_SURE = math.erf(4.0 / math.sqrt(2.0))  # confidence of an alarm: that of four standard errors of a normal law
 _TIMES, _MORE = 1.05, 0.01  # and so many times it and more: no network is perfect where the linear one nearly is
 _APART = 0.01  # of its size that an answer may change with its company: single precision and TF32 change it by less
 _BENT = 0.01  # of its size that autograd's derivative may be off: kinks are, by less
@@ -70,7 +71,7 @@ class Checkup(NamedTuple):
 
     def worse(self) -> Tensor:
         """(n,) bool, where the model is clearly worse than linear: it is not called as it was trained."""
-        sure = float(stdtrit(self.samples - 1.0, ndtr(_SURE)))  # as rare of so few samples as it would be of many
+        sure = quantile(self.samples - 1, _SURE)
         return ~(self.error - sure * self.std_error <= _TIMES * self.linear + _MORE)
 
     def faults(self) -> list[str]:

@@ -7,7 +7,6 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
-from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from .budget import Budget, Ends, budget_of
@@ -203,6 +202,8 @@ def quantile(degrees: int | None, level: float) -> float:
     """How many standard errors an interval of that confidence reaches to either side."""
     if not 0.0 < level < 1.0:
         raise ValueError(f"level={level!r}; a confidence between 0 and 1 is needed, for example 0.95.")
+    from scipy.special import ndtri, stdtrit  # here, because it takes as long to import as all of this package
+
     tail = 0.5 * (1.0 + level)
     return float(ndtri(tail) if degrees is None else stdtrit(float(degrees), tail))
 

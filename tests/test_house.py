@@ -283,3 +283,10 @@ def test_no_file_that_is_read_can_run_code(name):
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             wrong.append(f"{name}:{node.lineno} allows pickle")
     assert not wrong
+
+
+def test_importing_the_package_does_not_import_scipy():
+    """It takes as long as the package's own import."""
+    code = "import sys, sdekit; print([name for name in sys.modules if name.split('.')[0] == 'scipy'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import require_batch, require_positive
+from .._checks import FLOATS, require_batch, require_positive
 from .._tensor import column, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
@@ -25,7 +25,6 @@ from ._seen import WRITES, autocast, raised, require_answer, require_followed, s
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
-_COMPUTES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # all others only store weights
 _WATCHED = 4  # calls of a solve in which answers are looked at for a buffer that is used again
 
 
@@ -176,7 +175,7 @@ class ScoreModel(nn.Module):
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
         """What the network computes in: the type of its parameters, that of `x` where it has none."""
-        return next((p.dtype for p in self.net.parameters() if p.dtype in _COMPUTES), x.dtype)
+        return next((p.dtype for p in self.net.parameters() if p.dtype in FLOATS), x.dtype)
 
     def precision(self, x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
         """What its answers are rounded to: the coarsest of what it computes in, was seen to answer in, and autocast's.
