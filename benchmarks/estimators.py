@@ -9,24 +9,30 @@ On targets with exact scores the truth is a closed form, the terminal law that o
 On the digits network there is no truth: what is shown is the distance to the flow's value (exact trace, tolerance
 1e-3), which is no bias: that density is another model's. Two functions with one mean are compared with one another.
 The density along the reverse SDE is compared at the samples it draws itself, so in a table of its own.
+
+The last table has networks that are wrong at high noise, which are what an error bar of drawn levels may not see: there
+the integrand is largest where the default's levels are rarest. How often does value +- 1.96 std_error hold the mean of
+all estimates, and how much noise do levels that are safer add where the network is right?
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import sdekit
 from sdekit.bounds import sde_bound, variational_bound
 from sdekit.ito import ito_log_density
-from sdekit.loss import UniformHalfLogSNR
+from sdekit.loss import CauchyLogSigma, Draw, Times, UniformHalfLogSNR
 from sdekit.pointwise import i_mmse, path_integral
 from sdekit.targets import Gaussian, GaussianMixture
 from sdekit.zoo import digits as zoo
@@ -35,6 +41,7 @@ from .common import Goal, Report, arguments
 from .problems import Mixture, digits, random_mixture, ring
 
 FALSE_ALARM, Z_BOUND = 1e-3, 3.29
+WIDTH = 1.5  # of the default's Cauchy law
 COLUMNS = ["problem", "method", "evaluations", "rms", "claimed / rms", "bias", "z", "ms of CPU"]
 
 
@@ -235,12 +242,86 @@ def along_paths(report: Report, quick: bool, seed: int) -> None:
         ]
 
 
+class WrongAtHighNoise(nn.Module):
+    """The exact noise below log(sigma/alpha) = 1, and a multiple of it above."""
+
+    def __init__(self, exact: sdekit.ScoreModel, factor: float) -> None:
+        super().__init__()
+        self.exact, self.factor = exact, factor
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        high = torch.sigmoid(3.0 * (-self.exact.sde.half_log_snr(t) - 1.0))
+        return (1.0 + (self.factor - 1.0) * high)[:, None] * self.exact.noise(x, t)
+
+
+@dataclass(frozen=True)
+class Blend(Times):
+    """A share of uniform levels, the rest the default's: no level has more than 1/share times a uniform one's weight.
+
+    Attributes:
+        center: Of the Cauchy law.
+        share: Of uniform levels.
+    """
+
+    center: float
+    share: float
+
+    def at(self, sde: sdekit.SDE, u: Tensor) -> Draw:
+        laws = UniformHalfLogSNR(), CauchyLogSigma(self.center, WIDTH)
+        low, high = (u / self.share).clamp(max=1.0), ((u - self.share) / (1.0 - self.share)).clamp(min=0.0)
+        t = sde.clamp(torch.where(u < self.share, laws[0].at(sde, low).t, laws[1].at(sde, high).t))
+        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+        first, last = torch.atan((-sde.half_log_snr(ends) - self.center) / WIDTH).unbind()
+        z = (-sde.half_log_snr(t) - self.center) / WIDTH
+        cauchy = 1.0 / (WIDTH * (last - first) * (1.0 + z.square()))
+        uniform = 1.0 / (sde.half_log_snr(ends[0]) - sde.half_log_snr(ends[1]))
+        return Draw(t, -sde.dhalf_log_snr(t) * (self.share * uniform + (1.0 - self.share) * cauchy))
+
+
+def coverage(report: Report, quick: bool, seed: int) -> None:
+    """How often error bars cover, and the noise, for networks that are right and wrong at high noise."""
+    laws = ("default", "25% uniform", "50% uniform", "uniform")
+    cells = [f"{law}, {what}" for law in laws for what in ("std", "%")]
+    note = "variational bound; std: over seeds; %: how often the row's mean, weighed by variances, is covered."
+    columns = ["problem", "SDE", "noise above log(sigma/alpha) = 1", "draws", *cells]
+    table = report.table("coverage of networks that are wrong at high noise", columns, note)
+    sources = torch.Generator().manual_seed(1_000_003 * seed + 5)
+    count, seeds = (16, 8) if quick else (64, 32)
+    shares: dict[int, list[float]] = {64: [], 256: []}
+    for problem, law in (("ring, 2-D", ring()), ("mixture, 16-D", random_mixture(16, "full", sources))):
+        target = law.target()
+        x = target.sample(count, generator=torch.Generator().manual_seed(seed)).repeat(seeds, 1)
+        for sde, factor in itertools.product((sdekit.VPSDE(), sdekit.VESDE()), (1.0, 0.7, 0.0)):
+            exact = target.score_model(sde)
+            center = math.log(exact.data_std) - 1.5
+            levels = None, Blend(center, 0.25), Blend(center, 0.5), UniformHalfLogSNR()
+            model = sdekit.ScoreModel(WrongAtHighNoise(exact, factor), sde, data_std=exact.data_std)
+            for draws, covered in shares.items():
+                found = [
+                    variational_bound(model, x, draws=draws, times=law, seed=seed, batch=1 << 14) for law in levels
+                ]
+                value, error = (
+                    torch.stack([part.reshape(seeds, count) for part in parts])
+                    for parts in ([bound.value for bound in found], [bound.std_error for bound in found])
+                )
+                weight = 1.0 / value.var(1)
+                truth = (weight * value.mean(1)).sum(0) / weight.sum(0)
+                share = 100.0 * ((value - truth).abs() <= 1.96 * error).double().mean((1, 2))
+                pairs = zip(value.var(1).mean(1).sqrt().tolist(), share.tolist(), strict=True)
+                table.rows.append([problem, type(sde).__name__, f"x {factor}", draws, *itertools.chain(*pairs)])
+                covered += [float(share[0])] if factor else []
+    for draws, covered in shares.items():
+        name = f"right, or wrong by 30%: least share covered at {draws} draws, %"
+        report.goals.append(Goal(name, min(covered), low=90.0))
+
+
 def main() -> None:
     chosen = arguments(__doc__)
     report = Report("estimators", chosen)
     exact_targets(report, chosen.quick, chosen.seed)
     along_paths(report, chosen.quick, chosen.seed)
     on_digits(report, chosen.quick, chosen.seed)
+    coverage(report, chosen.quick, chosen.seed)
     report.save()
 
 
