@@ -90,7 +90,8 @@ def follow(chain: Any, field: Counted, x: Tensor, steps: int | None = None, **ex
     return x
 
 
-_ENDS = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+_FULL: dict[str, object] = {"lower_order_final": False}
+_ENDS: dict[str, object] = {"final_sigmas_type": "sigma_min", **_FULL}
 
 
 def with_diffusers(kind: str, **settings: Any) -> Callable[[Counted, Tensor, int], Tensor]:
@@ -218,16 +219,30 @@ def with_azula(name: str, cost: int = 1, **settings: Any) -> Callable[[Counted, 
 
 Sampler = Callable[[Counted, Tensor, int], Tensor]
 
+# What diffusers' schedulers take: the third order is what their docstrings recommend without guidance.
+_SPACINGS: dict[str, dict[str, bool]] = {
+    "": {},
+    " karras": {"use_karras_sigmas": True},
+    " exponential": {"use_exponential_sigmas": True},
+    " lu": {"use_lu_lambdas": True},
+}
 FLOW: dict[str, Sampler] = {
     "diffusers DDIM": with_diffusers(
         "DDIMScheduler", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
     ),
-    "diffusers DPM++2M": with_diffusers("DPMSolverMultistepScheduler", **_ENDS),
-    "diffusers DPM++2M karras": with_diffusers("DPMSolverMultistepScheduler", use_karras_sigmas=True, **_ENDS),
-    "diffusers DPM++2M lu": with_diffusers("DPMSolverMultistepScheduler", use_lu_lambdas=True, **_ENDS),
-    "diffusers UniPC": with_diffusers("UniPCMultistepScheduler", **_ENDS),
-    "diffusers UniPC karras": with_diffusers("UniPCMultistepScheduler", use_karras_sigmas=True, **_ENDS),
-    "diffusers DEIS": with_diffusers("DEISMultistepScheduler", lower_order_final=False),
+    **{
+        f"diffusers {name}{label}": with_diffusers(f"{kind}MultistepScheduler", solver_order=order, **ends, **grid)
+        for name, kind, order, ends in (
+            ("DPM++2M", "DPMSolver", 2, _ENDS),
+            ("DPM++3M", "DPMSolver", 3, {**_ENDS, "euler_at_final": True}),  # its last step may be of length 0
+            ("UniPC", "UniPC", 2, _ENDS),
+            ("UniPC3", "UniPC", 3, {**_ENDS, "lower_order_final": True}),  # the same
+            ("DEIS", "DEIS", 2, _FULL),
+            ("DEIS3", "DEIS", 3, _FULL),
+        )
+        for label, grid in _SPACINGS.items()
+        if kind == "DPMSolver" or label != " lu"
+    },
     "k-diffusion heun karras": with_k_diffusion("heun", "karras", 2),
     "k-diffusion dpmpp_2m karras": with_k_diffusion("dpmpp_2m", "karras"),
     "k-diffusion dpmpp_2m exponential": with_k_diffusion("dpmpp_2m", "exponential"),
@@ -237,7 +252,9 @@ FLOW: dict[str, Sampler] = {
     "azula Heun": with_azula("HeunSampler", 2),
     "azula zAB2": with_azula("zABSampler", order=2),
     "azula zAB3": with_azula("zABSampler", order=3),
+    "azula zAB4": with_azula("zABSampler", order=4),
     "azula xEAB2": with_azula("xEABSampler", order=2),
+    "azula xEAB3": with_azula("xEABSampler", order=3),
 }
 NOISY: dict[str, Sampler] = {
     "diffusers DDPM": diffusers_ddpm,
