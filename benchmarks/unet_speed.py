@@ -9,7 +9,11 @@ same Rademacher probe, fixed along the path:
     score_sde      scipy's RK45 at 1e-5 on the flattened batch, state on the host, two forward passes an evaluation
     k-diffusion    its log_likelihood: torchdiffeq's dopri5 in sigma at 1e-4
     torchdiffeq    dopri5 in t at 1e-5
-    sdekit         fixed grids of 24 to 128 nodes, and tolerances; the fastest as close as score_sde's algorithm counts
+    sdekit         fixed grids of 24 to 128 nodes, and tolerances from 10 to 0.1 nats
+
+Of these the goal is on the fastest that is as close as score_sde's algorithm, and from which on every finer setting of
+its kind is too: errors fall with the nodes, but not evenly with tolerances of several nats, and what hits by luck does
+not count.
 
 Error: the largest of four samples against torchdiffeq's dopri8 in float64 at 1e-9, kept in the cache.
 """
@@ -41,6 +45,7 @@ from .timing import best_device, clock, device_name, least_each, paired, runtime
 STD, SEED = 0.5, 0
 NODES = 48  # of the solves in which what is added is measured
 LADDER = (24, 32, 36, 40, 48, 64, 96, 128)
+TOLERANCES = (10.0, 8.0, 7.0, 5.0, 3.0, 1.0, 0.1)
 CHECKED = 4  # samples whose error is measured
 PROBE = sdekit.Hutchinson(probes=1, fresh=False)
 _READY: set[tuple[object, ...]] = set()  # solves whose kernels or graphs are made
@@ -191,6 +196,17 @@ def reference(model: sdekit.ScoreModel, x: Tensor, probe: Tensor) -> Tensor:
     return cached(f"unet-{digest(x, probe, repr(model), *weights)}", tight)["log_prob"]
 
 
+def surely_within(names: list[str], errors: dict[str, float], aim: float) -> list[str]:
+    """Those within `aim` for which every finer one of their kind, which stands behind them, is too."""
+    found = []
+    for kind in ("nodes", "tolerance"):
+        for name in reversed([name for name in names if kind in name]):
+            if errors[name] > aim:
+                break
+            found.append(name)
+    return found
+
+
 def compare(report: Report, batch: int, quick: bool) -> None:
     """All methods on one batch."""
     device = best_device()
@@ -214,7 +230,7 @@ def compare(report: Report, batch: int, quick: bool) -> None:
     first = runtimes(device)[-1]
     for nodes in (24, 64) if quick else LADDER:
         methods[f"sdekit, nodes={nodes}, {first}"] = ours(first, nodes=nodes)
-    for tolerance in (1.0,) if quick else (10.0, 8.0, 7.0, 5.0, 3.0):
+    for tolerance in TOLERANCES[-2:-1] if quick else TOLERANCES:
         methods[f"sdekit, tolerance={tolerance:g}, {first}"] = ours(first, tolerance=tolerance)
     answers, errors = {}, {}
     for name, method in tqdm(methods.items(), desc=f"batch {batch}"):
@@ -228,8 +244,7 @@ def compare(report: Report, batch: int, quick: bool) -> None:
     table.note = f"Forward + vjp: {1e3 * floor:.1f} ms, the least of 2 x 5; what a solve adds to it is measured below."
     aim = errors["score_sde's algorithm"]
     mine = [name for name in methods if name.startswith("sdekit")]
-    close = [name for name in mine if errors[name] <= aim]
-    fastest = min(close, key=lambda name: answers[name].seconds, default="")
+    fastest = min(surely_within(mine, errors, aim), key=lambda name: answers[name].seconds, default="")
     chosen = fastest or min(mine, key=lambda name: errors[name])
     label = f"batch {batch}: {chosen} ({errors[chosen]:.1e} nats where score_sde's algorithm leaves {aim:.1e})"
     report.goals.append(Goal(f"{label}: times faster", base / answers[chosen].seconds, 5.0))

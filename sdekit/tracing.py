@@ -6,6 +6,7 @@ marks, and the pieces are compiled by torch's inductor.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -102,7 +103,7 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
     stand_in = ScoreModel(
         _Marked(model.network_dtype(batch_of(carry.z))), model.sde, model.parameterization, model.data_std
     )
-    stand_in._answers = dict(model._answers)
+    stand_in._precision = copy.deepcopy(model._precision)
 
     def ask(x: Tensor, t: Tensor, probes: Tensor | None) -> FieldValue:
         assert isinstance(problem.term, LikelihoodFlow)  # no other term asks for more than the value

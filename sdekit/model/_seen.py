@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import NetworkError
 from ._labels import label_dtype
 
+HALF = (torch.float16, torch.bfloat16)
 WRITES = (
     "the network writes into its input, label or condition, and did not in its first calls, so what it was given is "
     "lost: have it work on a copy (x = x.clone()), or out of place."
@@ -62,6 +64,77 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     """What autocast has operations of a network of that type on the device of `x` compute in, where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if dtype.itemsize < 8 and torch.is_autocast_enabled(kind) else None
+
+
+class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the coarsest type that operations answer in.
+
+    Attributes:
+        found: That of half precision, where there is one.
+    """
+
+    found: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor) and part.dtype in HALF and self.found is not torch.bfloat16:
+                self.found = part.dtype
+        return out
+
+
+class Precision:
+    """What a network's answers are rounded to, by the kind of call: as far as it was seen.
+
+    Its parameters do not tell, nor does the type of an answer: autocast within `forward` casts back. So the first call
+    of a kind is looked into, operation by operation; of compiled parts nothing is seen.
+    """
+
+    def __init__(self) -> None:
+        self._coarser: dict[Any, torch.dtype] = {}  # than the input's
+        self._within: dict[Any, torch.dtype | None] = {}  # half precision that operations answered in
+
+    def ask(
+        self, net: nn.Module, x: Tensor, dtype: torch.dtype, seen: Tensor, label: Tensor, bound: dict[str, Any]
+    ) -> Any:
+        """What the network of that dtype answers where it is given `seen` in the place of the input `x`."""
+        call = x.dtype, dtype, autocast(x, dtype)
+        if call in self._within or torch.compiler.is_compiling():
+            return net(seen, label, **bound)
+        if any(map(_is_compiled, net.modules())):
+            self._within[call] = None
+            return net(seen, label, **bound)
+        with _Coarsest() as mode:  # type: ignore[no-untyped-call]
+            out = net(seen, label, **bound)
+        self._within[call] = mode.found
+        return out
+
+    def note(self, answer: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+        """Takes down what it answered in to the input `x`."""
+        if answer.dtype is x.dtype and not self._coarser and not any(self._within.values()):
+            return
+        call = x.dtype, dtype, autocast(x, dtype)
+        kind = _coarsest(answer.dtype, self._within.get(call) or answer.dtype)
+        if _coarsest(x.dtype, kind) is not x.dtype:
+            self._coarser[call] = kind
+        else:
+            self._coarser.pop(call, None)
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """The coarsest of what the network computes in, that was seen, and autocast's."""
+        cast = autocast(x, dtype)
+        kind = dtype if cast is None else _coarsest(dtype, cast)
+        return _coarsest(kind, self._coarser.get((x.dtype, dtype, cast), kind)) if self._coarser else kind
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether torch.compile made it: it would not run as compiled while its operations are looked at."""
+    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+
+
+def _coarsest(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """Of two floating types the one of larger rounding, `a` if neither is."""
+    return a if a is b or torch.finfo(b).eps <= torch.finfo(a).eps else b
 
 
 def require_answer(out: Any, x: Tensor) -> Tensor:

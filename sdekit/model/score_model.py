@@ -21,7 +21,7 @@ from ..errors import NetworkError
 from ..sde.base import SDE, as_time
 from ._file import read_model, write_model
 from ._labels import label_dtype, label_rows
-from ._seen import WRITES, autocast, raised, require_answer, require_followed, share_memory, usable, versions
+from ._seen import WRITES, Precision, raised, require_answer, require_followed, share_memory, usable, versions
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
@@ -73,8 +73,7 @@ class ScoreModel(nn.Module):
         for name, value in self.bound.items():
             require_followed(name, value)
         self._writes: bool | None = None  # whether the network writes into what it is given, once it was seen
-        # Types of less precision that it answered in, by the kind of call.
-        self._answers: dict[Any, torch.dtype] = {}
+        self._precision = Precision()
 
     def condition(self, **condition: Any) -> ScoreModel:
         """This model with keyword arguments bound for its network, sharing the weights.
@@ -87,7 +86,7 @@ class ScoreModel(nn.Module):
     def _with(self, bound: dict[str, Any]) -> ScoreModel:
         """This model with what is bound replaced; what was seen of its network is known there too."""
         other = ScoreModel(self.net, self.sde, self.parameterization, self.data_std, bound)
-        other._writes, other._answers = self._writes, self._answers
+        other._writes, other._precision = self._writes, self._precision
         return other
 
     def _apply(self, fn: Any, recurse: bool = True) -> ScoreModel:
@@ -184,12 +183,7 @@ class ScoreModel(nn.Module):
             x: Its input.
             dtype: What `network_dtype` says, for whoever has asked already.
         """
-        dtype = self.network_dtype(x) if dtype is None else dtype
-        cast = autocast(x, dtype)
-        kinds = [dtype] if cast is None else [dtype, cast]
-        if self._answers:
-            kinds.append(self._answers.get((x.dtype, dtype, cast), dtype))
-        return kinds[0] if len(kinds) == 1 else max(kinds, key=lambda kind: torch.finfo(kind).eps)
+        return self._precision.of(x, self.network_dtype(x) if dtype is None else dtype)
 
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
@@ -208,7 +202,7 @@ class ScoreModel(nn.Module):
                 level = level.clone()
                 bound = {name: part.clone() if isinstance(part, Tensor) else part for name, part in bound.items()}
             before, others = versions(seen), versions(level, bound)
-            out = self.net(seen, level, **bound)
+            out = self._precision.ask(self.net, x, dtype, seen, level, bound)
         except Exception as error:
             raise raised(error, x, dtype) from error
         wrote, spoilt = versions(seen) != before, versions(level, bound) != others
@@ -222,13 +216,7 @@ class ScoreModel(nn.Module):
     def _checked(self, out: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype answered to `x`, in the dtype of `x`, if it is an answer."""
         answer = require_answer(out, x)
-        if answer.dtype is x.dtype and not self._answers:
-            return answer
-        call = x.dtype, dtype, autocast(x, dtype)
-        if torch.finfo(answer.dtype).eps > torch.finfo(x.dtype).eps:
-            self._answers[call] = answer.dtype
-        else:
-            self._answers.pop(call, None)
+        self._precision.note(answer, x, dtype)
         return answer if answer.dtype is x.dtype else answer.to(x.dtype)
 
     def _as(self, target: Parameterization, x: Tensor, t: Tensor | float) -> Tensor:

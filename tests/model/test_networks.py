@@ -453,3 +453,74 @@ def test_label_features_may_begin_on_no_device():
 def test_quantised_networks_of_ours_can_be_asked():
     quantised = torch.ao.quantization.quantize_dynamic(nets.MLP((2,), width=16).eval(), {nn.Linear})
     assert torch.isfinite(quantised(torch.zeros(3, 2), torch.zeros(3))).all()
+
+
+class CastsBack(nn.Module):
+    """Half precision within, and nothing of it outside: as EDM's networks and those under autocast in `forward` are."""
+
+    def __init__(self, kind, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.kind, self.how = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 2)), kind, how
+
+    def forward(self, x, label):
+        if self.how == "autocast":
+            with torch.autocast("cpu", self.kind, enabled=self.kind is not torch.float32):
+                return x + self.body(x).to(x.dtype)
+        hidden = nn.functional.silu(nn.functional.linear(x.to(self.kind), self.body[0].weight.to(self.kind)))
+        return x + nn.functional.linear(hidden, self.body[2].weight.to(self.kind)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("how", ["autocast", "casts"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_within_is_seen_though_the_answer_is_cast_back(kind, how, mode, dtype):
+    divergence = sdekit.Hutchinson(probes=1, fresh=False, mode=mode)
+    model = model_of(CastsBack(kind, how))
+    found = sdekit.log_likelihood(model, X.to(dtype), divergence=divergence, tolerance=0.1, throw=False)
+    plain = model_of(CastsBack(torch.float32, how))
+    exact = sdekit.log_likelihood(plain, X.to(dtype), divergence=divergence, tolerance=1e-4, throw=False)
+    assert ((found.log_prob - exact.log_prob).abs() <= found.rounding + found.solver_error).all()
+    assert (found.rounding > 10 * exact.rounding).all()
+    assert model.precision(X.to(dtype)) is kind
+    again = sdekit.log_likelihood(model, X.to(dtype), divergence=divergence, tolerance=0.1, throw=False)
+    assert torch.equal(found.log_prob, again.log_prob)
+    assert (again.rounding <= 1.5 * found.rounding).all()
+    assert (found.rounding <= 1.5 * again.rounding).all()
+
+
+def test_looking_into_a_network_changes_no_bit_and_happens_once():
+    seen = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            seen.append(len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net = nets.MLP((2,), 16, 1)
+    model = model_of(net)
+    t = torch.full((4,), 0.3, dtype=torch.float64)
+    first = model.score(X, t)
+    assert torch.equal(first, model.score(X, t))
+    counted = Counting(2, 2)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = counted
+
+        def forward(self, x, label):
+            return self.body(x)
+
+    model = model_of(Wrapped())
+    for _ in range(3):
+        model.score(X.float(), t)
+        model.condition().score(X.float(), t)
+    assert [bool(depth) for depth in seen] == [True] + 5 * [False]
+    compiled = CastsBack(torch.bfloat16, "casts")
+    compiled.compile(backend="eager")
+    model = model_of(compiled)
+    assert torch.equal(model.score(X, t), model.score(X, t))
+    assert model.precision(X) is torch.float32  # of compiled parts nothing is seen
