@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import require_count, require_part, require_positive
 from ._fit import check_method
 from ._products import require_traceable
+from ._tensor import dot
 from .controller import Controller, FixedGrid, Nats
 from .divergence import Divergence, Hutchinson, default_divergence
 from .errors import SdekitWarning, ToleranceWarning
@@ -103,10 +104,22 @@ class Judgement(NamedTuple):
     arrived: Tensor
 
 
-def judged(method: Method, carry: Carry) -> Judgement:
-    """What the controller says of a finished solve."""
+def judged(method: Method, carry: Carry, pull: Tensor | None = None) -> Judgement:
+    """What the controller says of a finished solve, and what it could not see.
+
+    An error e of the state costs the gradient of the log density times e, and the control takes the model's score for
+    that gradient. At the end it is the terminal law's: where the score there is another (data far from the middle, a
+    network that says nothing), sum_i |law's gradient - score|_i sum |e_i| is added, as if nothing shrank on the way.
+
+    Args:
+        method: How it was solved.
+        carry: Where it ended.
+        pull: (B, D) gradient of the terminal law's log density by the state; None where a solve begins there.
+    """
     spent = method.controller.spent(carry.control)
     solver_error, rounding = (torch.full_like(carry.s, math.nan),) * 2 if spent is None else spent
+    if carry.stray is not None and pull is not None:
+        solver_error = solver_error + dot((pull - carry.stray.slope).abs(), carry.stray.drift)
     status = carry.status
     if method.tolerance is not None:
         status = torch.where((status == Status.DONE) & (solver_error > method.tolerance), int(Status.LOOSE), status)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from ._checks import (
 )
 from ._fit import check_grid_ends, check_moments, times_of
 from ._method import Method, check_forward_mode, choose_method, judged, warn_loose
-from ._tensor import dot, working
+from ._tensor import column, dot, flatten, working
 from .budget import Ends
 from .controller import Controller, FixedGrid
 from .divergence import Divergence, Hutchinson
@@ -45,6 +46,7 @@ from .likelihood_flow import FlowState, LikelihoodFlow
 from .loop import Problem, begin
 from .model.score_model import ScoreModel
 from .runtime import Runtime
+from .sde.base import SDE
 from .solution import LogLikelihood, Stats, Status
 from .solver.adams import Adams
 from .solver.base import Solver
@@ -184,9 +186,11 @@ def _result(
     carry = outcome.carry
     state: FlowState = carry.z
     log_prior, log_det, latent, last = density(term, state, start, carry.s, data_moments, transform)
+    pull = flatten(_law(term.model.sde, data_moments, latent)[0])
+    pull = pull * column(torch.exp(term.log_scale(last)), pull)
     log_det = log_det + entry.log_det
     variance = probe_variance(term, method.solver, carry.memory, state) + entry.variance
-    solver_error, rounding, status, arrived = judged(method, carry)
+    solver_error, rounding, status, arrived = judged(method, carry, pull)
     values = state.log_det[:, : term.values]
     nothing = torch.full_like(log_prior, math.nan)
     log_prob = torch.where(arrived, log_prior + log_det, nothing)
@@ -210,22 +214,23 @@ def _result(
     )
 
 
+def _law(sde: SDE, data_moments: Gaussian | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The terminal law's score, the shape of `x` (B, ...), and its divergence (B,)."""
+    if data_moments is not None:
+        return data_moments.score(sde, x, sde.t_max), data_moments.divergence(sde, x, sde.t_max)
+    variance = sde.prior_std**2
+    return -x / variance, x.new_full((x.shape[0],), -x[:1].numel() / variance, dtype=torch.float64)
+
+
 def _with_ends(
     result: LogLikelihood, term: LikelihoodFlow, entry: Entry, end: End, data_moments: Gaussian | None
 ) -> LogLikelihood:
     """The result with what was left out at the ends, and what finding that cost."""
-    sde, size = term.model.sde, term.event.numel()
-
-    def law(state: Tensor) -> tuple[Tensor, Tensor]:
-        if data_moments is not None:
-            return data_moments.score(sde, state, sde.t_max), data_moments.divergence(sde, state, sde.t_max)
-        variance = sde.prior_std**2
-        return -state / variance, torch.full_like(result.t, -size / variance)
-
+    sde = term.model.sde
     if bool(((result.status == Status.INTERRUPTED) | (result.status == Status.TIME_LIMIT)).any()):
         return result
     try:
-        excess, calls = mismatch(term, working(result.latent), law)
+        excess, calls = mismatch(term, working(result.latent), partial(_law, sde, data_moments))
     except KeyboardInterrupt:
         text = "interrupted in the error budget: the densities are done, the ends are not estimated."
         warnings.warn(text, PartialResultWarning, stacklevel=3)

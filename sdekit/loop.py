@@ -14,18 +14,30 @@ import torch
 from torch import Tensor
 
 from ._numbers import where
-from ._tensor import all_finite, select
+from ._tensor import all_finite, column, select
 from .brownian import BrownianPath
-from .controller import Controller, Step
+from .controller import Controller, Nats, Step
 from .solution import Status
-from .solver.base import Solver
+from .solver.base import Solver, batch_of
 from .terms import Term
 
 _RUNNING = int(Status.RUNNING)  # numpy takes its time over a member of an enumeration
 
 
+class Stray(NamedTuple):
+    """What the control in nats cannot see while it steps (see _method.py), each (B, D).
+
+    Attributes:
+        drift: Sizes of the steps' errors of the state, added up coordinate by coordinate.
+        slope: Gradient of the log density by the score, at the last node.
+    """
+
+    drift: Tensor
+    slope: Tensor
+
+
 class Carry(NamedTuple):
-    """Everything that evolves, (B, ...) tensors."""
+    """Everything that evolves, (B, ...) tensors; `stray` where a density is controlled in nats, else None."""
 
     s: Tensor
     z: Any
@@ -35,6 +47,7 @@ class Carry(NamedTuple):
     evaluations: Tensor
     accepted: Tensor
     rejected: Tensor
+    stray: Stray | None = None
 
 
 class Problem(NamedTuple):
@@ -61,7 +74,10 @@ def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
         status = torch.where(status == Status.RUNNING, int(Status.BUDGET), status)
     none = torch.zeros_like(status)
     memory = problem.solver.init(problem.term, z0)
-    return Carry(s0, z0, memory, problem.controller.start(problem.term, s0, problem.s_end), status, none, none, none)
+    control = problem.controller.start(problem.term, s0, problem.s_end)
+    still = torch.zeros_like(batch_of(z0))
+    stray = Stray(still, still) if problem.term.has_density and isinstance(problem.controller, Nats) else None
+    return Carry(s0, z0, memory, control, status, none, none, none, stray)
 
 
 def still_running(carry: Carry) -> Tensor:
@@ -88,6 +104,11 @@ def advance(problem: Problem, carry: Carry) -> Carry:
     failure = where(finite, int(Status.STEP_FLOOR), int(Status.NOT_FINITE))
     status = where(failed, failure, status)
     spent = (status == _RUNNING) & (evaluations + solver.evaluations > budget)
+    stray = carry.stray
+    if stray is not None and (slope := proposal.aux.gradient) is not None:
+        went = batch_of(proposal.error).abs()
+        went = went * column(where(proposal.settled, 1.0, 0.1), went)
+        stray = select(accept & judged, Stray(stray.drift + went, slope), stray)
     return Carry(
         where(accept, reached, carry.s),
         select(accept, proposal.z, carry.z),
@@ -97,4 +118,5 @@ def advance(problem: Problem, carry: Carry) -> Carry:
         evaluations,
         carry.accepted + (accept & judged),
         carry.rejected + (judged & ~accept),
+        stray,
     )

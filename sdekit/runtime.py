@@ -26,7 +26,7 @@ from .controller import FixedGrid, Nats
 from .errors import SdekitWarning
 from .ledger import Ledger
 from .likelihood_flow import FlowState, LikelihoodFlow
-from .loop import Carry, Problem, advance, still_running
+from .loop import Carry, Problem, Stray, advance, still_running
 from .parts import CannotCompileError, own_parts
 from .pid import PID
 from .solver.adams import Adams
@@ -123,6 +123,8 @@ def _hosted(tree: Any) -> Any:
     """The tree with arrays in the place of tensors, but for the states in it, (B, D)."""
     if isinstance(tree, FlowState):
         return tree._replace(log_det=to_host(tree.log_det))
+    if isinstance(tree, Stray):
+        return tree
     if isinstance(tree, Ledger):
         return to_host(tree)._replace(mark=tree.mark)
     if isinstance(tree, tuple):

@@ -17,7 +17,8 @@ probes are fresh a ledger books these weights, and the standard error of the log
 An adaptive method chooses m sample by sample (`Choice`): where the path is smooth Newton's terms shrink quickly, and
 longer formulas take longer steps; next to a separatrix they do not shrink at all, since steps are bound by stability,
 of which shorter formulas have more. Single terms are small by chance, so what decides is a running mean of the
-logarithm of their ratio.
+logarithm of their ratio. Where stability binds the steps the slope at the predicted point, which is kept, is itself
+the error, and no difference of such slopes sees it: there what the corrector changed is taken for a part of the cost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import alike, at_least, between, cat, isnan, log, minimum, on_host, where, whole
+from .._numbers import alike, at_least, between, cat, isnan, log, maximum, minimum, on_host, where, whole
 from .._tensor import column, select, tensor, tree_map
 from ..brownian import BrownianPath
 from ..divergence import Hutchinson
@@ -44,6 +45,7 @@ _KEPT = 0.8  # of a running mean, at each step
 _MOST = 3.0  # of one step's log ratio
 _ROUNDING = 1e-12  # what a term costs that is nothing but rounding, which depends on the size of the batch
 _LONGER = -1.0  # the formula grows where the next term is smaller than its last by e^-1, and shrinks where it grows
+_UNSEEN, _SHORT = 0.3, 3  # where formulas are so short, such a share of what the corrector changed is an error too
 _ANEW = -2.0  # where the mean that may shorten it begins, after every change
 
 
@@ -220,7 +222,10 @@ class Adams(Solver):
             kept = Memory(memory.entered + 1, *entered, ledger)
             return Proposal(moved, error, aux, kept, memory.entered >= depth)
         costs = _costs(term, tree_map(lambda total: total[:, 1:], sums), aux, s1)
-        cost = costs[:, 1] if term.has_density else None
+        cost = None
+        if term.has_density:
+            corrected = term.nats(tree_map(lambda new, old: new - old, moved, predicted), aux)
+            cost = maximum(costs[:, 1], _UNSEEN * corrected * (choice.terms <= _SHORT))
         kept = Memory(memory.entered + 1, *entered, ledger, choose(choice, memory.entered, depth, costs))
         return Proposal(moved, error, aux, kept, memory.entered >= _FIRST, at_least(terms, 1), cost)
 
