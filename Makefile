@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
-BENCH ?= likelihood_exact likelihood_learned likelihood_fresh total_error likelihood_images likelihood_stress control_ideas budget estimators discrete comparisons gradients finetune amortised probes solver_error control_variants invariance orders work_precision predictor_corrector sampling_overhead noise runtime unet_speed slots memory scaling network_variants overhead
+BENCH ?= $(shell sed -n 's/^    "\([a-z_]*\)",$$/\1/p' benchmarks/report.py)
 
 # The build backend is pinned too: older pip reads the first name for it, newer pip the second.
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt

@@ -10,7 +10,8 @@
                     probe that stays the same, so that the equation and its truth are those of one fixed probe
 
 Truth is a reference solution of the same equation; for the U-Net, in float32, sdekit's own at 1e-3 nats. One fixed
-probe wherever D > 2.
+probe wherever D > 2. `within` and `covered` are shares of all samples; the columns that begin with "beyond" are counts
+among those whose error exceeds the tolerance.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .reference import reference
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 COLUMNS = ["case", "D", "n", "tolerance", "within", "worst / tol", "median / tol", "covered", "worst estimate / tol"]
 COLUMNS += ["loose", "failed", "warned", "evaluations", "most", "own error"]
+COLUMNS += ["beyond, covered", "beyond, unmarked", "beyond, least reach"]
 _SELF = 1e-3  # nats: U-Nets are too dear for a reference, their truth is sdekit's own solve at this tolerance
 
 
@@ -256,8 +258,21 @@ def rows_of(case: Case) -> list[list[str | float | int]]:
             failed,
         ]
         cost = found.stats.evaluations
-        made.append([*row, "yes" if warned else "no", float(cost.double().mean()), int(cost.max()), own])
+        row += ["yes" if warned else "no", float(cost.double().mean()), int(cost.max()), own]
+        made.append([*row, *(beyond(found, error, tolerance) if case.known else [math.nan] * 3)])
     return made
+
+
+def beyond(found: sdekit.LogLikelihood, error: Tensor, tolerance: float) -> list[str | float | int]:
+    """Of the samples whose error exceeds the tolerance: how many `solver_error` covers, how many are unmarked, reach.
+
+    Reach is the least of them, NaN where there is none.
+    """
+    missed = ~(error <= tolerance)
+    covered = missed & (error <= found.solver_error)
+    unmarked = missed & (found.status != sdekit.Status.LOOSE)
+    reach = torch.full_like(error, math.nan) if found.reach is None else found.reach
+    return [int(covered.sum()), int(unmarked.sum()), quantile(reach[missed], 0.0)]
 
 
 GROUPS: dict[str, Callable[[bool, int], Iterator[Case]]] = {

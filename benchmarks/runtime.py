@@ -42,7 +42,6 @@ PROBE = sdekit.Hutchinson(probes=1, fresh=False)
 
 
 def model_on(device: torch.device) -> sdekit.ScoreModel:
-    # Data prediction keeps states of order 1: denormal numbers would make the network itself slower.
     return sdekit.ScoreModel(Net(), sdekit.VPSDE(), sdekit.noise(), data_std=1.0).to(device).eval()
 
 

@@ -1,10 +1,10 @@
 """What stands between a number called log p and the log density that is meant, one line for each cause.
 
     trace        the probes' noise in the log determinant                    a standard error
-    solver       the integration                                             an estimate, mostly a bound
+    solver       the integration                                             an estimate, mostly above the true error
     truncation   log p at t_min is not log p_0                               an estimate, for smooth densities
     prior        the terminal law is not the law of x at t_max               an estimate, by the model's own score there
-    rounding     states and network of finite precision                      an estimate
+    rounding     states and network of finite precision                      an estimate, mostly above the true error
 
 The first two and the last come with every `log_likelihood`; the two ends are asked for with `budget=True`, for they
 take a few evaluations more. With a learned network the ends say what separates the flow's density from log p_0 of the
@@ -25,7 +25,7 @@ class Line(NamedTuple):
     Attributes:
         name: Of the cause.
         nats: (B,) float64 its size in each sample, >= 0; None where it was not estimated.
-        kind: What `nats` is: a standard error, an estimate or a bound.
+        kind: What `nats` is: a standard error or an estimate.
         source: How it was obtained.
         remedy: The argument that reduces it.
     """

@@ -44,7 +44,7 @@ class MeanRatio(NamedTuple):
         value: Nats a sample.
         std_error: Nats, of the mean over samples drawn from one population: each sample is its own control, and what
             the probes left is in the spread already. NaN from fewer than two samples.
-        solver_error: Nats, the mean of the samples' bounds.
+        solver_error: Nats, the mean of the samples' estimates.
         samples: How many arrived under both models.
     """
 
@@ -60,7 +60,7 @@ class LogRatio(NamedTuple):
     Attributes:
         value: The difference; NaN where either did not arrive.
         std_error: Of the difference, from the probes; see the module.
-        solver_error: Bound on the integration's error: the sum of both estimates.
+        solver_error: Estimate of the integrations' error, mostly above it: the sum of both.
         a: The first model's LogLikelihood.
         b: The second model's.
     """

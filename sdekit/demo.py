@@ -4,7 +4,7 @@ The 360 test images are dequantised and evaluated with one fresh probe. Four unc
 
     images          std over images / sqrt(N): another 360 images would give another mean
     trace           sqrt(sum std_error^2)/N: other probes
-    solver          mean of solver_error, a bound: a smaller tolerance
+    solver          mean of solver_error, an estimate mostly above the true error: a smaller tolerance
     dequantisation  other points within the grey levels. From M independent draws of them, each with probes of its own:
                     mean over images of (variance over draws - mean std_error^2), / N, square root
 
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Errors:
-    """Standard errors of the mean bits/dim of one evaluation; `solver` is a bound."""
+    """Standard errors of the mean bits/dim of one evaluation; `solver` is an estimate."""
 
     images: float
     trace: float

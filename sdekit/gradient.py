@@ -57,7 +57,7 @@ def log_prob(
     Gradients reach `x`, the model's parameters and its bound tensors (`model.condition`), each where it requires one;
     `model.requires_grad_(False)` saves the part that is not asked for. The same number as
     `log_likelihood(model, x, nodes=nodes, ...)`, which has its error estimates. The backward pass costs two more
-    network calls a node, and memory that does not depend on `nodes`.
+    network calls a node at 64 nodes (2.5 at 128, 3 at 256), and memory that does not depend on `nodes`.
 
     Args:
         model: The score model, in eval mode.

@@ -73,8 +73,9 @@ def integrate(
         progress: Show a progress bar.
         throw: Raise if a sample does not arrive; else read `status`.
         return_path: Keep the states of all accepted steps, as the solution's `path`.
-        runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: seconds
-            once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA), "compiled-graph" (both).
+        runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: tens
+            of seconds once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA),
+            "compiled-graph" (both).
         slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:

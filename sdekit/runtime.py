@@ -1,7 +1,7 @@
 """How a step runs: eagerly, compiled, or captured in a CUDA graph. The numbers are the same, to rounding.
 
     eager            operation by operation: begins at once, and takes any equation, solver and network
-    compile          fused between network calls (compiled.py): seconds once for a kind of solve, then less a step
+    compile          fused between network calls (compiled.py): tens of seconds once, then less a step
     graph            one launch for the whole step, operations and network (captured.py): CUDA only
     compiled-graph   one launch for the fused step, network included: CUDA only
 

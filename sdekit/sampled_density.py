@@ -117,8 +117,9 @@ def sample_log_prob(
         wall_time: Seconds at most; what there is is returned with a warning, and so it is after Ctrl-C.
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails (its `.solution` holds the rest); else read `status`.
-        runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: seconds
-            once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA), "compiled-graph" (both).
+        runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: tens
+            of seconds once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA),
+            "compiled-graph" (both).
         slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:

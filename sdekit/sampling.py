@@ -83,8 +83,9 @@ def sample(
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails; else read `status`.
         return_path: Keep the states of all steps, from t_max to t_min, as the solution's `path`.
-        runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: seconds
-            once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA), "compiled-graph" (both).
+        runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: tens
+            of seconds once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA),
+            "compiled-graph" (both).
         slots: Samples in work at a time, the next entering when one is done; None: all.
 
     Returns:

@@ -115,7 +115,7 @@ class LogLikelihood(NamedTuple):
     Attributes:
         log_prob: float64 nats, density in the units of x; NaN where `status` did not arrive.
         std_error: float64 nats, standard error from the trace's probes; 0 for exact traces.
-        solver_error: float64 nats, estimate of the integration's error (conservative; with fixed grids an indicator;
+        solver_error: float64 nats, estimate of the integration's error, mostly above it (with fixed grids an indicator;
             NaN for controllers in the state's norm).
         log_prior: float64 nats, log density of `latent` under the terminal law.
         log_det: float64 nats, log determinant; log_prob = log_prior + log_det.
@@ -125,7 +125,8 @@ class LogLikelihood(NamedTuple):
         t: float64 time reached.
         by_probe: (B, K) float64 nats, `log_prob` as each of K >= 2 probes along the path has it, alone: their mean is
             `log_prob`; None for one probe or none. (What a correction at the data's end adds is that of all probes.)
-        rounding: float64 nats, estimate of what the precision of states and network leaves (NaN like `solver_error`).
+        rounding: float64 nats, estimate of what the precision of states and network leaves, mostly above it (NaN like
+            `solver_error`).
         ends: What was left out at the two ends, or None: asked for with `budget=True`.
         whole: bool, whether every value of a sample was an integer, or one over 255: then it has a probability, not a
             density.

@@ -223,7 +223,7 @@ class Summary(NamedTuple):
         mean: Of log_prob.
         spread: Standard error of the mean over samples: another sample of the data would give another mean.
         trace: Standard error of the mean from the trace's probes.
-        solver: Mean of solver_error, a bound for the mean error.
+        solver: Mean of solver_error, an estimate mostly above the mean error.
         evaluations: Mean number of network evaluations.
     """
 

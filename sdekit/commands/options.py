@@ -88,7 +88,7 @@ runtime = click.option(
     type=click.Choice(get_args(Runtime)),
     default="auto",
     show_default=True,
-    help="How a step runs; compile: some seconds first, then as fast as the network allows.",
+    help="How a step runs; compile: tens of seconds once for a kind of solve, then less overhead a step.",
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace the result if it exists.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
