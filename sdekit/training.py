@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from ._checks import require_count, require_positive, require_seed
 from ._interrupt import finish_step
+from ._replace import replace_file
 from .errors import SdekitError
 from .loss import Times, UniformHalfLogSNR, Weight, denoising_loss, uniform
 from .model.score_model import ScoreModel
@@ -248,10 +248,8 @@ class _Run:
         for name, parameter in self.named.items():  # a parameter that never had a gradient has no moments
             tensors |= {f"adam/{key}/{name}": value for key, value in self.adam.state.get(parameter, {}).items()}
         metadata = {"format": _FORMAT, "facts": json.dumps(self._facts()), "step": str(self.step)}
-        part = path.with_name(path.name + ".part")
-        plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        part.write_bytes(save(plain, metadata))
-        os.replace(part, path)
+        stored = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata)
+        replace_file(path, lambda part: part.write_bytes(stored))
 
     def load(self, path: Path) -> None:
         """Continues from `path`; raises ValueError unless it is a checkpoint of this recipe and network."""

@@ -21,6 +21,7 @@ ORDER = [
     "_checks",
     "_random",
     "_interrupt",
+    "_replace",
     "_memory",
     "units",
     "sde.base",

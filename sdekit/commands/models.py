@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .._replace import replace_file
 from ..model.nets import MLP, UNet
 from ..model.score_model import ScoreModel
-from .arrays import replace_file
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .._replace import replace_file
 from ..sde import VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
 from .parameterization import EDM, Data, LogSigmaLabel, Noise, Score, SigmaLabel, TimeLabel, V, Velocity
 
@@ -62,10 +63,11 @@ def _decode(value: Any) -> Any:
 
 
 def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes weights and facts (SDE, parameterization, numbers) to `path`.
+    """Writes weights and facts (SDE, parameterization, numbers) to `path`, replacing it in one move.
 
     Raises:
         ValueError: A fact is not one of sdekit's own values.
+        OSError: The file cannot be written; an old one is still there.
     """
     text = json.dumps({name: _encode(value) for name, value in facts.items()})
     for name, value in weights.items():
@@ -76,7 +78,8 @@ def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, An
             )
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     # Not save_file: that leaves a file only its owner may read.
-    Path(path).write_bytes(save(tensors, metadata={"format": _FORMAT, "model": text}))
+    stored = save(tensors, metadata={"format": _FORMAT, "model": text})
+    replace_file(Path(path), lambda part: part.write_bytes(stored))
 
 
 def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

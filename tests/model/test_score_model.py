@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import PARAMETERIZATIONS, SDES, Function, draw, gaussian, perceptron, spread_times, times, watched
@@ -189,6 +192,23 @@ def test_a_custom_label_is_refused_on_saving_before_anything_is_written(tmp_path
         model.save(tmp_path / "model.safetensors")
     assert "not one of sdekit's own values" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    sdekit.ScoreModel(perceptron(3, 1), SDES["vp"]).save(path)
+    old, write = path.read_bytes(), Path.write_bytes
+
+    def half(self, data):
+        write(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+            sdekit.ScoreModel(perceptron(3, 2), SDES["vp"]).save(path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
