@@ -22,6 +22,7 @@ ORDER = [
     "_random",
     "_interrupt",
     "_replace",
+    "_checkpoint",
     "_memory",
     "units",
     "sde.base",
