@@ -44,7 +44,8 @@ def joined(own: Mapping[str, str], further: Mapping[str, Fact]) -> dict[str, str
             )
         if name in own:
             raise ValueError(f"facts[{name!r}]: {name} is compared in any case; leave it out, or name it otherwise.")
-    return {**own, **{name: str(value) for name, value in further.items()}}
+    # The caller's come first: where the data differ, so may the scale that the recipe took from them.
+    return {**{name: str(value) for name, value in further.items()}, **own}
 
 
 class Checkpoint:
@@ -112,7 +113,7 @@ class Checkpoint:
         return tensors, step
 
     def _compare(self, stored: Mapping[str, object]) -> None:
-        for name in {**stored, **self.facts}:
+        for name in {**self.facts, **stored}:
             there, here = stored.get(name, "unknown"), self.facts.get(name, "unknown")
             if there != here:
                 raise ValueError(

@@ -280,8 +280,8 @@ def test_a_trained_model_is_found_by_its_file(place):
     assert sorted(path.name for path in place.glob("model*")) == ["model.safetensors"]
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(place, monkeypatch):
-    train("whole.safetensors")
+def stop_training(monkeypatch, out: str, *extra: str, number: int = signal.SIGINT) -> None:
+    """Trains, with that signal in the fifth step."""
     batches = _recipes._batches
 
     def stopping(x, levels, size):
@@ -290,20 +290,56 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(place, monkeypatch):
         def draw(generator):
             drawn.append(0)
             if len(drawn) == 5:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             return inner(generator)
 
         return draw
 
     with monkeypatch.context() as patch:
         patch.setattr(_recipes, "_batches", stopping)
-        assert "stopped after 5 of 12" in train("parts.safetensors", status=130).output
-    assert not Path("parts.safetensors").exists()
+        assert "stopped after 5 of 12" in train(out, *extra, status=130).output
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_goes_on_to_the_same_bits(place, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    train("whole.safetensors")
+    stop_training(monkeypatch, "parts.safetensors", number=number)
+    assert signal.getsignal(signal.SIGTERM) is before
     train("parts.safetensors")
     whole, parts = load_file("whole.safetensors"), load_file("parts.safetensors")
     assert whole.keys() == parts.keys()
     for name in whole:
         np.testing.assert_array_equal(whole[name], parts[name])
+
+
+@pytest.mark.parametrize(
+    ("extra", "fact"),
+    [
+        (["--batch-size", "3"], "batch_size is 4 there and 3 here"),
+        (["--dropout", "0.9"], "dropout is 0.0 there and 0.9 here"),
+        (["--learning-rate", "0.1"], "learning_rate is 0.001 there and 0.1 here"),
+        (["--steps", "13"], "steps is 12 there and 13 here"),
+        (["--seed", "1"], "seed is 0 there and 1 here"),
+        (["--net", "unet"], "kind is mlp there and unet here"),
+        (["--low", "-2"], "levels is Levels(count=4, low=-1.0"),
+    ],
+)
+def test_a_training_does_not_go_on_as_another(place, monkeypatch, extra, fact):
+    np.save("x.npy", np.random.default_rng(0).integers(0, 4, (6, 1, 4, 4)))
+    stop_training(monkeypatch, "m.safetensors", "--levels", "4")
+    shown = train("m.safetensors", "--levels", "4", *extra, status=1).output
+    assert "'m.checkpoint.safetensors' is of another run" in shown
+    assert fact in shown
+    train("m.safetensors", "--levels", "4")
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x[::-1], lambda x: 2 * x, lambda x: x.astype(np.float32)])
+def test_a_training_does_not_go_on_with_other_data(place, monkeypatch, change):
+    stop_training(monkeypatch, "m.safetensors")
+    np.save("x.npy", change(np.load("x.npy")))
+    assert "data is float64 (10, 2)" in train("m.safetensors", status=1).output
 
 
 def test_images_train_a_unet(place):
