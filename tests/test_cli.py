@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import sdekit
 from sdekit.cli import main
 from sdekit.commands import evaluation as _evaluation
 from sdekit.commands import recipes as _recipes
+from sdekit.model.nets import MLP
 
 MODULE = """
 import torch
@@ -340,6 +342,36 @@ def test_a_training_does_not_go_on_with_other_data(place, monkeypatch, change):
     stop_training(monkeypatch, "m.safetensors")
     np.save("x.npy", change(np.load("x.npy")))
     assert "data is float64 (10, 2)" in train("m.safetensors", status=1).output
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("null", "the list 'event' is needed, not null"),
+        ("{", "Expecting property name"),
+        ('{"kind": "mlp"}', "the list 'event' is needed"),
+        ('{"kind": "mlp", "event": [2]}', "missing 4 required"),
+        ({"kind": "transformer"}, "kind='transformer'; one of mlp, unet, digits is needed"),
+        ({"kind": ["mlp"]}, "kind=['mlp']; one of"),
+        ({"event": ["2"]}, "a size of event='2'"),
+        ({"width": 0}, "width=0; at least 1"),
+        ({"dropout": None}, "dropout=None; a number"),
+        ({"dropout": 2.0}, "dropout"),
+        ({"heads": 4}, "unexpected keyword argument 'heads'"),
+    ],
+)
+def test_a_file_of_an_unknown_network_is_refused_in_one_line(place, architecture, message):
+    net = MLP((2,), 8, 1)
+    sdekit.ScoreModel(net, sdekit.VPSDE()).save("m.safetensors")
+    known = {"kind": "mlp", "event": [2], "width": 8, "depth": 1, "dropout": 0.0, "period": 4.0}
+    text = architecture if isinstance(architecture, str) else json.dumps({**known, **architecture})
+    with safe_open("m.safetensors", framework="np") as file:
+        metadata = {**file.metadata(), "architecture": text}
+    save_file(load_file("m.safetensors"), "m.safetensors", metadata)
+    shown = run("sample", "--model", "m.safetensors", "--out", "s.npy", status=1).output
+    assert shown.startswith("Error: 'm.safetensors' does not say what network it is for")
+    assert message in shown
+    assert shown.count("\n") == 1
 
 
 def test_images_train_a_unet(place):
