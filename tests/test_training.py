@@ -221,6 +221,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path, change, message):
         train(fresh(), draw, RECIPE, checkpoint=file, progress=False)
 
 
+def test_a_checkpoint_of_another_kind_of_device_is_refused(tmp_path):
+    file = tmp_path / "run.safetensors"
+    train(fresh(), stopping_at(2), RECIPE, checkpoint=file, progress=False)
+    with safe_open(str(file), framework="pt") as opened:
+        metadata = opened.metadata()
+    metadata["facts"] = metadata["facts"].replace('"cpu"', '"cuda"')
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match="device is cuda there and cpu here"):
+        train(fresh(), draw, RECIPE, checkpoint=file, progress=False)
+
+
 def failing(monkeypatch, fails):
     """Makes the writes of those numbers, from 1, run out of space half way; returns the list that counts writes."""
     written, write = [], Path.write_bytes
