@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, not within one."""
+"""Ctrl-C between steps, not within one, and SIGTERM as Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,3 +27,23 @@ def finish_step() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Takes SIGTERM, which batch systems and containers send before they kill, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: Any) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # Ctrl-C is ignored, as it is for a shell's background jobs
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

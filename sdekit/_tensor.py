@@ -7,6 +7,7 @@ are all that the loop needs: `select` (commit by mask), `take` (keep some rows) 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -218,3 +219,9 @@ def widened(x: Tensor) -> Tensor:
 def working(x: Tensor) -> Tensor:
     """`x` as a solve takes it: without a graph, and in float32 where it is shorter (`widened`)."""
     return widened(x.detach())
+
+
+def digest(x: Tensor) -> str:
+    """A text that tells tensors apart: type, shape, and a hash of the bytes."""
+    raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} {hashlib.sha256(raw.data).hexdigest()[:32]}"

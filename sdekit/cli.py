@@ -2,7 +2,7 @@
 
 Each command reads its arguments, calls the library and prints; nothing is computed here. What goes wrong is one line on
 stderr and a nonzero exit status; `sdekit --traceback COMMAND` shows where it came from. Ctrl-C ends a command with
-status 130 and says what was kept.
+status 130 and says what was kept; so does SIGTERM during training.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def train(
 ) -> None:
     """Train a small network on DATA (an array file, scaled to about unit size), or `digits` for the shipped recipe.
 
-    A checkpoint beside --out is kept: the same command goes on where an interrupted one stopped.
+    A checkpoint beside --out is kept: the same command goes on where an interrupted one stopped; others are refused.
     """
     if out.suffix != ".safetensors":
         raise click.ClickException(f"{str(out)!r}: a .safetensors file is needed.")

@@ -15,28 +15,24 @@ returns what there is; a second one stops at once. The caller's global random st
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from ._checkpoint import Checkpoint, Fact, joined
 from ._checks import require_count, require_positive, require_seed
 from ._interrupt import finish_step
 from .errors import SdekitError
 from .loss import Times, UniformHalfLogSNR, Weight, denoising_loss, uniform
 from .model.score_model import ScoreModel
 
-_FORMAT = "sdekit.training/1"
 _LOOK = 100  # steps between looks at the loss: each look waits for the device
 
 
@@ -122,6 +118,7 @@ def train(
     *,
     checkpoint: str | Path | None = None,
     every: int = 1000,
+    facts: Mapping[str, Fact] | None = None,
     progress: bool = True,
 ) -> Trained:
     """The trained model: weights of `model` updated in place, and a copy with their moving average.
@@ -130,41 +127,47 @@ def train(
         model: What is trained, on the device where it is to be trained.
         batches: Draws a `Batch` from the generator it is given, and from nothing else: a resumed run repeats it.
         recipe: Steps, rates, weights, seed.
-        checkpoint: A safetensors file. Resumed from if it exists; written every `every` steps and at the return.
+        checkpoint: A safetensors file. Resumed from if it exists; written every `every` steps, once a minute, and at
+            the return.
         every: Steps between checkpoints.
+        facts: What else the result depends on, texts or numbers by name: the batch size, a digest of the data.
+            They are kept in the checkpoint, and a run of other facts does not resume from it.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: The checkpoint is of another recipe or network.
+        ValueError: The checkpoint is of another recipe, network or other facts.
+        TypeError: A fact is neither a text nor a number.
+        OSError: The last checkpoint cannot be written; one before it that cannot is warned of and tried again.
         SdekitError: The loss is not finite.
     """
     require_count("every", every)
-    run = _Run(model, recipe)
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    run, kept = _Run(model, recipe), None
+    if checkpoint is not None:
+        kept = Checkpoint(Path(checkpoint), every, joined(run.facts(), facts or {}))
     device, mode = run.generator.device, model.net.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), finish_step() as stopped:
         run.seed_dropout()
-        if path is not None and path.exists():
-            run.load(path)
+        if kept is not None and kept.path.exists():
+            run.resume(kept)
         done = run.step
         losses, recent = [], torch.zeros((), dtype=torch.float64, device=device)
         with tqdm(total=recipe.steps, initial=run.step, disable=not progress, desc="train", unit="step") as bar:
             while run.step < recipe.steps and not stopped():
                 recent += run.advance(batches)
                 bar.update()
-                saves = path is not None and run.step % every == 0
-                if run.step % _LOOK == 0 or run.step == recipe.steps or saves:  # nothing unseen is saved
+                saves, listed = kept is not None and kept.due(run.step), kept is not None and run.step % every == 0
+                if listed or run.step % _LOOK == 0 or run.step == recipe.steps:
                     losses.append(run.mean_loss(recent, run.step - done))
                     recent, done = torch.zeros_like(recent), run.step
                     bar.set_postfix(loss=f"{losses[-1]:.4g}")
-                if path is not None and saves:
-                    run.save(path)
+                elif saves:
+                    run.mean_loss(recent, run.step - done)  # nothing unseen is saved
+                if kept is not None and saves:
+                    kept.try_to_write(run.tensors(), run.step)
         if run.step > done:
             losses.append(run.mean_loss(recent, run.step - done))
-        if path is not None:
-            run.save(path)
+        if kept is not None:
+            kept.write(run.tensors(), run.step)
     model.net.train(mode)
     return Trained(run.averaged(), model, run.step, torch.tensor(losses, dtype=torch.float64))
 
@@ -231,46 +234,32 @@ class _Run:
                     parameter.copy_(self.average[name])
         return model.eval()
 
-    def _facts(self) -> dict[str, str]:
-        """What a checkpoint must agree with: the recipe, and the shapes of the parameters."""
+    def facts(self) -> dict[str, str]:
+        """What a checkpoint must agree with: the recipe, the kind of generator, the shapes of the parameters."""
         recipe = {name: repr(value) for name, value in vars(self.recipe).items()}
         # A function's repr has its address, which differs from process to process.
         recipe["weight"] = getattr(self.recipe.weight, "__name__", recipe["weight"])
         recipe |= {"sde": repr(self.model.sde), "parameterization": repr(self.model.parameterization)}
         recipe = {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in recipe.items()}
-        return recipe | {name: str(tuple(p.shape)) for name, p in self.named.items()}
+        recipe["device"] = self.generator.device.type  # another kind of device draws other numbers
+        return recipe | {f"shape of {name}": str(tuple(p.shape)) for name, p in self.named.items()}
 
-    def save(self, path: Path) -> None:
-        """Writes everything to `path`; a reader sees the old file or the new one, never half of it."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes, by name."""
         tensors = {"random/generator": self.generator.get_state(), "random/dropout": self._dropout()}
         tensors |= {f"net/{name}": value for name, value in self.model.net.state_dict().items()}
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
         for name, parameter in self.named.items():  # a parameter that never had a gradient has no moments
             tensors |= {f"adam/{key}/{name}": value for key, value in self.adam.state.get(parameter, {}).items()}
-        metadata = {"format": _FORMAT, "facts": json.dumps(self._facts()), "step": str(self.step)}
-        part = path.with_name(path.name + ".part")
-        plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        part.write_bytes(save(plain, metadata))
-        os.replace(part, path)
+        return tensors
 
-    def load(self, path: Path) -> None:
-        """Continues from `path`; raises ValueError unless it is a checkpoint of this recipe and network."""
+    def resume(self, kept: Checkpoint) -> None:
+        """Continues from a checkpoint; raises ValueError unless it is one of this run."""
+        tensors, step = kept.read()
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a safetensors file: {error}. Remove it or name another.") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; {_FORMAT!r} is needed.")
-        stored, mine = json.loads(metadata["facts"]), self._facts()
-        for name in {**stored, **mine}:
-            if stored.get(name) != mine.get(name):
-                raise ValueError(
-                    f"{str(path)!r} is of another recipe or network: {name} is {stored.get(name)} there and "
-                    f"{mine.get(name)} here. Remove the file to start anew."
-                )
-        self._put(tensors, int(metadata["step"]))
+            self._put(tensors, step)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{str(kept.path)!r} does not fit the network: {error}. Remove the file.") from error
 
     def _put(self, tensors: dict[str, Tensor], step: int) -> None:
         device = self.generator.device

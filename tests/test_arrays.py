@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit.commands.arrays import read_array, replace_file, write_arrays
+from sdekit.commands.arrays import read_array, write_arrays
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
@@ -42,17 +42,3 @@ def test_a_broken_file_is_named(tmp_path, suffix):
     path.write_bytes(b"not an array")
     with pytest.raises(ValueError, match=path.name):
         read_array(path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.npy"
-    path.write_bytes(b"old")
-
-    def fail(part):
-        part.write_bytes(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(path, fail)
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import sdekit
 from sdekit.cli import main
 from sdekit.commands import evaluation as _evaluation
 from sdekit.commands import recipes as _recipes
+from sdekit.model.nets import MLP
 
 MODULE = """
 import torch
@@ -280,8 +282,8 @@ def test_a_trained_model_is_found_by_its_file(place):
     assert sorted(path.name for path in place.glob("model*")) == ["model.safetensors"]
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(place, monkeypatch):
-    train("whole.safetensors")
+def stop_training(monkeypatch, out: str, *extra: str, number: int = signal.SIGINT) -> None:
+    """Trains, with that signal in the fifth step."""
     batches = _recipes._batches
 
     def stopping(x, levels, size):
@@ -290,20 +292,86 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(place, monkeypatch):
         def draw(generator):
             drawn.append(0)
             if len(drawn) == 5:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             return inner(generator)
 
         return draw
 
     with monkeypatch.context() as patch:
         patch.setattr(_recipes, "_batches", stopping)
-        assert "stopped after 5 of 12" in train("parts.safetensors", status=130).output
-    assert not Path("parts.safetensors").exists()
+        assert "stopped after 5 of 12" in train(out, *extra, status=130).output
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_goes_on_to_the_same_bits(place, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    train("whole.safetensors")
+    stop_training(monkeypatch, "parts.safetensors", number=number)
+    assert signal.getsignal(signal.SIGTERM) is before
     train("parts.safetensors")
     whole, parts = load_file("whole.safetensors"), load_file("parts.safetensors")
     assert whole.keys() == parts.keys()
     for name in whole:
         np.testing.assert_array_equal(whole[name], parts[name])
+
+
+@pytest.mark.parametrize(
+    ("extra", "fact"),
+    [
+        (["--batch-size", "3"], "batch_size is 4 there and 3 here"),
+        (["--dropout", "0.9"], "dropout is 0.0 there and 0.9 here"),
+        (["--learning-rate", "0.1"], "learning_rate is 0.001 there and 0.1 here"),
+        (["--steps", "13"], "steps is 12 there and 13 here"),
+        (["--seed", "1"], "seed is 0 there and 1 here"),
+        (["--net", "unet"], "kind is mlp there and unet here"),
+        (["--low", "-2"], "levels is Levels(count=4, low=-1.0"),
+    ],
+)
+def test_a_training_does_not_go_on_as_another(place, monkeypatch, extra, fact):
+    np.save("x.npy", np.random.default_rng(0).integers(0, 4, (6, 1, 4, 4)))
+    stop_training(monkeypatch, "m.safetensors", "--levels", "4")
+    shown = train("m.safetensors", "--levels", "4", *extra, status=1).output
+    assert "'m.checkpoint.safetensors' is of another run" in shown
+    assert fact in shown
+    train("m.safetensors", "--levels", "4")
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x[::-1], lambda x: 2 * x, lambda x: x.astype(np.float32)])
+def test_a_training_does_not_go_on_with_other_data(place, monkeypatch, change):
+    stop_training(monkeypatch, "m.safetensors")
+    np.save("x.npy", change(np.load("x.npy")))
+    assert "data is float64 (10, 2)" in train("m.safetensors", status=1).output
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("null", "the list 'event' is needed, not null"),
+        ("{", "Expecting property name"),
+        ('{"kind": "mlp"}', "the list 'event' is needed"),
+        ('{"kind": "mlp", "event": [2]}', "missing 4 required"),
+        ({"kind": "transformer"}, "kind='transformer'; one of mlp, unet, digits is needed"),
+        ({"kind": ["mlp"]}, "kind=['mlp']; one of"),
+        ({"event": ["2"]}, "a size of event='2'"),
+        ({"width": 0}, "width=0; at least 1"),
+        ({"dropout": None}, "dropout=None; a number"),
+        ({"dropout": 2.0}, "dropout"),
+        ({"heads": 4}, "unexpected keyword argument 'heads'"),
+    ],
+)
+def test_a_file_of_an_unknown_network_is_refused_in_one_line(place, architecture, message):
+    net = MLP((2,), 8, 1)
+    sdekit.ScoreModel(net, sdekit.VPSDE()).save("m.safetensors")
+    known = {"kind": "mlp", "event": [2], "width": 8, "depth": 1, "dropout": 0.0, "period": 4.0}
+    text = architecture if isinstance(architecture, str) else json.dumps({**known, **architecture})
+    with safe_open("m.safetensors", framework="np") as file:
+        metadata = {**file.metadata(), "architecture": text}
+    save_file(load_file("m.safetensors"), "m.safetensors", metadata)
+    shown = run("sample", "--model", "m.safetensors", "--out", "s.npy", status=1).output
+    assert shown.startswith("Error: 'm.safetensors' does not say what network it is for")
+    assert message in shown
+    assert shown.count("\n") == 1
 
 
 def test_images_train_a_unet(place):

@@ -21,6 +21,8 @@ ORDER = [
     "_checks",
     "_random",
     "_interrupt",
+    "_replace",
+    "_checkpoint",
     "_memory",
     "units",
     "sde.base",

@@ -8,7 +8,7 @@ import torch
 from helpers import draw
 
 from sdekit._memory import counted
-from sdekit._tensor import select
+from sdekit._tensor import digest, select
 
 
 class Pair(NamedTuple):
@@ -30,3 +30,10 @@ def test_what_did_not_change_is_not_copied():
     found, taken = counted(lambda: select(mask, after, before))
     assert found.constant is constant
     assert taken == before.value.nbytes
+
+
+def test_a_digest_tells_types_shapes_signs_and_orders_apart_but_not_layouts():
+    x = draw(1, 4, 2)
+    others = [x, -x, x.flip(0), x.flatten(), x.to(torch.float32), x[:3], x[:0]]
+    assert len({digest(other) for other in others}) == len(others)
+    assert digest(x.T.contiguous().T) == digest(x.clone())

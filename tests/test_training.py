@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sdekit import _checkpoint
 from sdekit import loss as losses
-from sdekit.errors import SdekitError
+from sdekit.errors import SdekitError, SdekitWarning
 from sdekit.model.nets import MLP
 from sdekit.model.score_model import ScoreModel
 from sdekit.sde.vp import VPSDE
@@ -167,11 +172,123 @@ def test_a_checkpoint_of_another_recipe_or_network_is_refused(tmp_path):
     train(fresh(), stopping_at(2), RECIPE, checkpoint=file, progress=False)
     with pytest.raises(ValueError, match="steps is 20 there and 30 here"):
         train(fresh(), draw, Recipe(30, warmup=3, learning_rate=1e-2, seed=5), checkpoint=file, progress=False)
-    with pytest.raises(ValueError, match="another recipe or network"):
+    with pytest.raises(ValueError, match="is of another run"):
         train(ScoreModel(MLP((2,), 8, 2), VPSDE()), draw, RECIPE, checkpoint=file, progress=False)
     file.write_bytes(b"not one")
     with pytest.raises(ValueError, match="not a safetensors file"):
         train(fresh(), draw, RECIPE, checkpoint=file, progress=False)
+
+
+def test_a_checkpoint_of_other_facts_is_refused_and_of_the_same_is_not(tmp_path):
+    file, facts = tmp_path / "run.safetensors", {"data": "float32 (40, 2) 51ab", "batch_size": 32}
+    train(fresh(), stopping_at(2), RECIPE, checkpoint=file, facts=facts, progress=False)
+    for other, message in (
+        ({**facts, "batch_size": 64}, "batch_size is 32 there and 64 here"),
+        ({"data": facts["data"]}, "batch_size is 32 there and unknown here"),
+        ({**facts, "levels": 17}, "levels is unknown there and 17 here"),
+    ):
+        with pytest.raises(ValueError, match=rf"run\.safetensors.*{message}\. Remove the file"):
+            train(fresh(), draw, RECIPE, checkpoint=file, facts=other, progress=False)
+    assert train(fresh(), draw, RECIPE, checkpoint=file, facts=facts, progress=False).step == 20
+
+
+def test_facts_that_would_tell_nothing_are_refused(tmp_path):
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(TypeError, match=r"facts\['data'\] is a Tensor; a text or a number"):
+        train(fresh(), draw, RECIPE, checkpoint=file, facts={"data": torch.ones(3)}, progress=False)
+    with pytest.raises(ValueError, match=r"facts\['seed'\].*name it otherwise"):
+        train(fresh(), draw, RECIPE, checkpoint=file, facts={"seed": 3}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"facts": None}, "damaged"),
+        ({"facts": "[3]"}, "damaged"),
+        ({"step": "many"}, "damaged"),
+        ({"format": "other"}, "format 'other'"),
+        ({}, "does not fit the network: 'average/"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, change, message):
+    file = tmp_path / "run.safetensors"
+    train(fresh(), stopping_at(2), RECIPE, checkpoint=file, progress=False)
+    with safe_open(str(file), framework="pt") as opened:
+        metadata = {name: text for name, text in {**opened.metadata(), **change}.items() if text is not None}
+    weights = {name: value for name, value in load_file(file).items() if name.startswith("net/")}
+    save_file(weights, file, metadata)
+    with pytest.raises(ValueError, match=rf"run\.safetensors' .*{message}"):
+        train(fresh(), draw, RECIPE, checkpoint=file, progress=False)
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused(tmp_path):
+    file = tmp_path / "run.safetensors"
+    train(fresh(), stopping_at(2), RECIPE, checkpoint=file, progress=False)
+    with safe_open(str(file), framework="pt") as opened:
+        metadata = opened.metadata()
+    metadata["facts"] = metadata["facts"].replace('"cpu"', '"cuda"')
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match="device is cuda there and cpu here"):
+        train(fresh(), draw, RECIPE, checkpoint=file, progress=False)
+
+
+def failing(monkeypatch, fails):
+    """Makes the writes of those numbers, from 1, run out of space half way; returns the list that counts writes."""
+    written, write = [], Path.write_bytes
+
+    def write_bytes(self, data):
+        written.append(self)
+        if len(written) in fails:
+            write(self, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    return written
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_step_and_is_tried_again(tmp_path, monkeypatch):
+    whole, file = train(fresh(), draw, RECIPE, progress=False), tmp_path / "run.safetensors"
+    written = failing(monkeypatch, {1, 2})
+    with pytest.warns(SdekitWarning, match=r"after step 5: .*No space left on device: .*run\.safetensors") as caught:
+        trained = train(fresh(), draw, RECIPE, checkpoint=file, every=5, progress=False)
+    assert len(caught) == 1
+    assert len(written) == 5  # after 5, 10, 15 and 20 steps, and at the return
+    assert same(trained.model, whole.model)
+    assert list(tmp_path.iterdir()) == [file]
+    assert same(train(fresh(), draw, RECIPE, checkpoint=file, progress=False).model, whole.model)
+
+
+@pytest.mark.parametrize("stop", [3, 100])
+def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch, stop):
+    failing(monkeypatch, {1})
+    with pytest.raises(OSError, match=r"No space left on device: .*run\.safetensors"):
+        train(fresh(), stopping_at(stop), RECIPE, checkpoint=tmp_path / "run.safetensors", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_due_by_time_too_and_change_no_number(tmp_path, monkeypatch):
+    whole = train(fresh(), draw, RECIPE, progress=False)
+    monkeypatch.setattr(_checkpoint, "_SECONDS", 0.0)
+    monkeypatch.setattr(_checkpoint, "_SHARE", float("inf"))
+    written = failing(monkeypatch, set())
+    trained = train(fresh(), draw, RECIPE, checkpoint=tmp_path / "run.safetensors", progress=False)
+    assert len(written) == 21
+    assert same(trained.model, whole.model)
+    assert torch.equal(trained.losses, whole.losses)
+
+
+def test_two_trainings_with_one_checkpoint_end_as_if_alone(tmp_path):
+    file, inner = tmp_path / "run.safetensors", []
+
+    def nesting(generator):
+        if not inner:
+            inner.append(train(fresh(), draw, RECIPE, checkpoint=file, every=1, progress=False))
+        return draw(generator)
+
+    outer = train(fresh(), nesting, RECIPE, checkpoint=file, every=1, progress=False)
+    assert same(outer.last, inner[0].last)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_loss_that_is_not_finite_is_an_error():

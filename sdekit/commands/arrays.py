@@ -5,8 +5,7 @@ They are read without executing anything, and written so that a reader sees the 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .._replace import replace_file
 from ..units import Levels, require_dequantized
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -129,17 +129,6 @@ def _save(part: Path, array: np.ndarray) -> None:
 def _savez(part: Path, arrays: dict[str, np.ndarray]) -> None:
     with part.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and puts it in the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from .._tensor import digest
 from ..captured import keep_graphs
 from ..divergence import Divergence
 from ..errors import PartialResultWarning, SdekitError, ToleranceWarning
@@ -96,29 +97,21 @@ def fingerprint(model: ScoreModel, x: Tensor, options: Options, device: torch.de
         options: What the numbers depend on.
         device: Where the model is.
     """
-    digest = hashlib.sha256()
-
-    def add(tensor: Tensor) -> None:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    add(x)
+    whole = hashlib.sha256(digest(x).encode())
     for name, value in sorted(model.net.state_dict().items()):
-        digest.update(name.encode())
-        add(value)
+        whole.update(f"{name} {digest(value)}".encode())
     for name, value in sorted(model.bound.items()):
-        digest.update(name.encode())
-        add(value) if isinstance(value, Tensor) else digest.update(repr(value).encode())
+        whole.update(f"{name} {digest(value) if isinstance(value, Tensor) else repr(value)}".encode())
     # What the network does and its weights do not tell: at three times, to digits that rounding leaves alone.
     ends = model.sde.t_min, 0.5 * (model.sde.t_min + model.sde.t_max), model.sde.t_max
     with torch.no_grad():
         one = model.take(torch.zeros(1, dtype=torch.int64, device=device))
         said = [one.output(x[:1].to(device), torch.tensor([t], dtype=torch.float64, device=device)) for t in ends]
-    digest.update(" ".join(f"{value:.3g}" for out in said for value in out.double().flatten().tolist()).encode())
+    whole.update(" ".join(f"{value:.3g}" for out in said for value in out.double().flatten().tolist()).encode())
     facts = (type(model.net).__name__, model.sde, model.parameterization, model.data_std, options)
     # The address in the repr of a function differs from process to process.
-    digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(facts)).encode())
-    return digest.hexdigest()
+    whole.update(re.sub(r" at 0x[0-9a-f]+", "", repr(facts)).encode())
+    return whole.hexdigest()
 
 
 def evaluate(

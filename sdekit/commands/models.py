@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .._checks import require_count
+from .._replace import replace_file
 from ..model.nets import MLP, UNet
 from ..model.score_model import ScoreModel
-from .arrays import replace_file
+
+_KINDS = ("mlp", "unet", "digits")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class Architecture:
     depth: int
     dropout: float
     period: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind={self.kind!r}; one of {', '.join(_KINDS)} is needed.")
+        for size in self.event:
+            require_count("a size of event", size)
+        require_count("width", self.width)
+        require_count("depth", self.depth)
+        for name, value in (("dropout", self.dropout), ("period", self.period)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0.0:
+                raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
 
     def build(self, seed: int) -> nn.Module:
         """The network, its first weights drawn by `seed` and not by torch's global generator.
@@ -83,7 +97,7 @@ def load_trained(path: Path) -> tuple[ScoreModel, Architecture]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is another kind of file.
+        ValueError: It is another kind of file, or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
@@ -97,9 +111,18 @@ def load_trained(path: Path) -> tuple[ScoreModel, Architecture]:
             f"{str(path)!r} does not say what network it is for: only files of `sdekit train` do. "
             "For a network of yours, name a function that returns the ScoreModel: --model module:function."
         )
-    facts = json.loads(text)
-    architecture = Architecture(**{**facts, "event": tuple(facts["event"])})
-    return ScoreModel.load(path, architecture.build(0)).eval(), architecture
+    try:
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or not isinstance(facts.get("event"), list):
+            raise ValueError(f"a JSON object with the list 'event' is needed, not {text}")
+        architecture = Architecture(**{**facts, "event": tuple(facts["event"])})
+        net = architecture.build(0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} does not say what network it is for; it is damaged, or of another version of sdekit "
+            f"(train it again, or use that version): {error}"
+        ) from error
+    return ScoreModel.load(path, net).eval(), architecture
 
 
 def find_model(name: str) -> tuple[ScoreModel, tuple[int, ...] | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .._interrupt import terminated_as_interrupted
+from .._tensor import digest
 from ..model.parameterization import edm
 from ..model.score_model import ScoreModel
 from ..sde.vp import VPSDE
@@ -62,8 +64,9 @@ def train_array(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: Data that cannot be trained on, or a checkpoint of another run.
-        Interrupted: Ctrl-C was pressed; the checkpoint has what there is.
+        ValueError: Data that cannot be trained on, or a checkpoint of other data, levels, network or training.
+        OSError: The last checkpoint cannot be written.
+        Interrupted: Ctrl-C was pressed, or SIGTERM sent; the checkpoint has what there is.
     """
     if levels is not None:
         levels.check(x)
@@ -79,8 +82,12 @@ def train_array(
         raise ValueError("all numbers of the array are equal: there is nothing to learn.")
     architecture = Architecture(choice.kind, tuple(x.shape[1:]), choice.width, choice.depth, choice.dropout, _PERIOD)
     model = ScoreModel(architecture.build(recipe.seed), VPSDE(), edm(std)).to(device)
-    trained = train(model, _batches(x, levels, batch_size), recipe, checkpoint=checkpoint, progress=progress)
-    _require_end(checkpoint, recipe.steps)
+    facts = {"data": digest(x), "levels": str(levels), "batch_size": str(batch_size)}
+    facts |= {name: str(value) for name, value in asdict(architecture).items()}
+    draw = _batches(x, levels, batch_size)
+    with terminated_as_interrupted():
+        trained = train(model, draw, recipe, checkpoint=checkpoint, facts=facts, progress=progress)
+    _require_end(trained.step, recipe.steps)
     return trained.model, architecture
 
 
@@ -90,18 +97,18 @@ def train_digits(
     """The digits network of the zoo, trained again by its own recipe, and what it is built from.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; the checkpoint has what there is.
+        Interrupted: Ctrl-C was pressed, or SIGTERM sent; the checkpoint has what there is.
     """
     from ..zoo import digits  # needs scikit-learn
 
-    model = digits.train(steps=steps, seed=seed, checkpoint=checkpoint, progress=progress, device=device)
-    _require_end(checkpoint, steps)
+    with terminated_as_interrupted():
+        model = digits.train(steps=steps, seed=seed, checkpoint=checkpoint, progress=progress, device=device)
+    with safe_open(str(checkpoint), framework="pt") as file:
+        _require_end(int(file.metadata()["step"]), steps)
     return model, Architecture("digits", digits.SHAPE, 224, 3, 0.3, 0.0)
 
 
-def _require_end(checkpoint: Path, steps: int) -> None:
-    with safe_open(str(checkpoint), framework="pt") as file:
-        done = int(file.metadata()["step"])
+def _require_end(done: int, steps: int) -> None:
     if done < steps:
         raise Interrupted(f"stopped after {done} of {steps} steps; the same command goes on from there.")
 

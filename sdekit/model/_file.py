@@ -7,6 +7,7 @@ executed on loading. Only sdekit's own values are written: a class of the user's
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from numbers import Real
@@ -18,8 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .._checks import require_positive
+from .._replace import replace_file
 from ..sde import VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
-from .parameterization import EDM, Data, LogSigmaLabel, Noise, Score, SigmaLabel, TimeLabel, V, Velocity
+from ..sde.base import SDE
+from .parameterization import (
+    EDM,
+    Data,
+    LogSigmaLabel,
+    Noise,
+    Parameterization,
+    Score,
+    SigmaLabel,
+    TimeLabel,
+    V,
+    Velocity,
+)
 
 _FORMAT = "sdekit.ScoreModel/1"
 _VALUES: tuple[type[Any], ...] = (
@@ -55,17 +70,44 @@ def _decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     known = {cls.__name__: cls for cls in _VALUES}
-    name = value.get("class")
-    if name not in known:
-        raise ValueError(f"class {name!r} in the file is unknown to this version of sdekit; known: {sorted(known)}.")
-    return known[name](**{key: _decode(part) for key, part in value.items() if key != "class"})
+    name, fields = value.get("class"), {key: part for key, part in value.items() if key != "class"}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"class {name!r} is unknown to this version of sdekit; known: {sorted(known)}")
+    taken = set(inspect.signature(known[name]).parameters)
+    if not fields.keys() <= taken:
+        more = sorted(fields.keys() - taken)
+        raise ValueError(f"{name} has {more}, which this version of sdekit does not know; known: {sorted(taken)}")
+    try:
+        return known[name](**{key: _decode(part) for key, part in fields.items()})
+    except (AttributeError, TypeError) as error:  # fields are missing, or hold something else
+        raise ValueError(f"{name} cannot be made of {fields}: {error}") from error
+
+
+def _decode_facts(text: str | None) -> dict[str, Any]:
+    """SDE, parameterization and data_std from the JSON text of a file.
+
+    Raises:
+        ValueError: They are not there.
+    """
+    if text is None:
+        raise ValueError("it has no metadata 'model'")
+    stored = json.loads(text)
+    if not isinstance(stored, dict):
+        raise ValueError(f"its metadata 'model' is {text!r}, and no JSON object")
+    facts = {name: _decode(value) for name, value in stored.items()}
+    for name, kind in (("sde", SDE), ("parameterization", Parameterization), ("data_std", Real)):
+        if not isinstance(facts.get(name), kind):
+            raise ValueError(f"its {name} is {facts.get(name)!r}; {kind.__name__} is needed")
+    require_positive("data_std", facts["data_std"])
+    return facts
 
 
 def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes weights and facts (SDE, parameterization, numbers) to `path`.
+    """Writes weights and facts (SDE, parameterization, numbers) to `path`, replacing it in one move.
 
     Raises:
         ValueError: A fact is not one of sdekit's own values.
+        OSError: The file cannot be written; an old one is still there.
     """
     text = json.dumps({name: _encode(value) for name, value in facts.items()})
     for name, value in weights.items():
@@ -76,7 +118,8 @@ def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, An
             )
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     # Not save_file: that leaves a file only its owner may read.
-    Path(path).write_bytes(save(tensors, metadata={"format": _FORMAT, "model": text}))
+    stored = save(tensors, metadata={"format": _FORMAT, "model": text})
+    replace_file(Path(path), lambda part: part.write_bytes(stored))
 
 
 def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,7 +127,7 @@ def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor]
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is another kind of file.
+        ValueError: It is another kind of file, or damaged.
     """
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
@@ -97,4 +140,9 @@ def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor]
             f"{str(path)!r} has format {metadata.get('format')!r}; {_FORMAT!r} is needed, "
             "a file written by ScoreModel.save."
         )
-    return tensors, {name: _decode(value) for name, value in json.loads(metadata["model"]).items()}
+    try:
+        return tensors, _decode_facts(metadata.get("model"))
+    except (TypeError, ValueError) as error:  # of JSON too
+        raise ValueError(
+            f"{str(path)!r} is damaged, or of another version of sdekit (save it again, or use that version): {error}"
+        ) from error

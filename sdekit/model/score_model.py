@@ -254,10 +254,11 @@ class ScoreModel(nn.Module):
         return self.score(x, t)
 
     def save(self, path: Any) -> None:
-        """Writes weights, SDE, parameterization and data_std as one safetensors file at `path`.
+        """Writes weights, SDE, parameterization and data_std as one safetensors file at `path`, in one move.
 
         Raises:
             ValueError: The SDE, parameterization or label is not one of sdekit's: the file could not be read back.
+            OSError: The file cannot be written; an old one is still there.
         """
         facts = {"sde": self.sde, "parameterization": self.parameterization, "data_std": self.data_std}
         write_model(path, getattr(self.net, "_orig_mod", self.net).state_dict(), facts)  # as it was not compiled

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import require_count, require_seed
+from .._tensor import digest
 from ..likelihood import log_likelihood
 from ..loss import LogNormalSigma
 from ..model.nets import LabelFeatures, as_weighed
@@ -239,7 +240,8 @@ def train(
     data = load_split().train if levels is None else levels
     recipe = Recipe(steps=steps, learning_rate=2e-3, warmup=200, ema=0.999, clip=1.0, times=_TIMES, seed=seed)
     model = build(histogram(data), seed=seed, width=width).to(device)
-    return run(model, _batches(data), recipe, checkpoint=checkpoint, progress=progress).model
+    facts = {"data": digest(data), "batch_size": str(_BATCH), "shifted": str(_SHIFTED)}
+    return run(model, _batches(data), recipe, checkpoint=checkpoint, facts=facts, progress=progress).model
 
 
 def _batches(levels: Tensor) -> Batches:

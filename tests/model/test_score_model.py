@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import PARAMETERIZATIONS, SDES, Function, draw, gaussian, perceptron, spread_times, times, watched
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdekit
@@ -191,6 +196,23 @@ def test_a_custom_label_is_refused_on_saving_before_anything_is_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    sdekit.ScoreModel(perceptron(3, 1), SDES["vp"]).save(path)
+    old, write = path.read_bytes(), Path.write_bytes
+
+    def half(self, data):
+        write(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+            sdekit.ScoreModel(perceptron(3, 2), SDES["vp"]).save(path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     sdekit.ScoreModel(perceptron(3, 1), SDES["vp"]).save(path)
@@ -201,8 +223,35 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors here, but long enough to be read as a header")
     with pytest.raises(ValueError, match="not a safetensors file"):
         sdekit.ScoreModel.load(tmp_path / "text.safetensors", perceptron(3, 1))
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match=r"format None"):
         sdekit.ScoreModel.load(tmp_path / "other.safetensors", perceptron(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: None, "no metadata 'model'"),
+        (lambda model: "{not JSON", "Expecting property name"),
+        (lambda model: "null", "'null', and no JSON object"),
+        (lambda model: model.replace('"sde"', '"other"'), "its sde is None; SDE is needed"),
+        (lambda model: model.replace('"beta_min"', '"gamma"'), r"VPSDE has \['gamma'\], which this version"),
+        (lambda model: model.replace('"VPSDE"', '"NewSDE"'), "class 'NewSDE' is unknown"),
+        (lambda model: model.replace('"VPSDE"', "[3]"), r"class \[3\] is unknown"),
+        (lambda model: model.replace("0.1", '"a"'), "VPSDE cannot be made of"),
+        (lambda model: model.replace("0.37", "null"), "its data_std is None"),
+        (lambda model: model.replace("0.37", "-1"), "data_std=-1"),
+        (lambda model: model.replace('{"class": "TimeLabel", "scale": 1.0, "shift": 0.0}', "3"), "label=3"),
+    ],
+)
+def test_a_damaged_or_newer_file_is_named_with_what_is_wrong(tmp_path, change, message):
+    path = tmp_path / "model.safetensors"
+    sdekit.ScoreModel(perceptron(3, 1), SDES["vp"], data_std=0.37).save(path)
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    metadata["model"], old = change(metadata["model"]), metadata["model"]
+    assert metadata["model"] != old
+    kept = {name: text for name, text in metadata.items() if text is not None}
+    save_file(load_file(path), path, kept)
+    with pytest.raises(ValueError, match=rf"model\.safetensors' is damaged, or of another version.*{message}"):
+        sdekit.ScoreModel.load(path, perceptron(3, 1))

@@ -244,3 +244,10 @@ def test_a_few_steps_of_the_recipe_lower_the_loss_and_repeat_to_the_bit(split):
         for model in (digits.build(digits.histogram(levels), width=16), first)
     )
     assert after < before
+
+
+def test_a_checkpoint_of_other_images_is_refused(split, tmp_path):
+    file, levels = tmp_path / "run.safetensors", split.train[:64]
+    digits.train(levels, steps=2, width=16, checkpoint=file, progress=False)
+    with pytest.raises(ValueError, match=r"data is int64 \(64, 1, 8, 8\) \w+ there and int64 \(64, 1, 8, 8\)"):
+        digits.train(levels.flip(0), steps=2, width=16, checkpoint=file, progress=False)
