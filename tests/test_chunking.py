@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ class Classes(nn.Module):
 
     def forward(self, x, label, y):
         return self.net(x, label) + torch.tanh(self.shift[y])
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in what is no tuple."""
+
+    x: torch.Tensor
 
 
 class TestTheResult:
@@ -105,6 +113,32 @@ class TestTheResult:
         assert torch.equal(found[1]["row"], torch.arange(7))
         assert found[1]["calls"] == 3
         assert found[2] is None
+
+    @pytest.mark.parametrize(
+        ("leaf", "words"),
+        [
+            (lambda part: [part], "rest of type list"),
+            (lambda part: part.numpy(), "rest of type ndarray"),
+            (lambda part: Held(part), "rest of type Held"),
+            (lambda part: float(part.mean()), "rest that is .* of one chunk and .* of another"),
+            (lambda part: str(len(part)), "rest that is '3' of one chunk and '1' of another"),
+            (lambda part: part if len(part) == 3 else 1.0, "rest that is a Tensor of one chunk and 1.0 of another"),
+        ],
+    )
+    def test_what_cannot_be_joined_is_refused_by_its_name(self, leaf, words):
+        with pytest.raises(TypeError, match=words):
+            chunked(lambda part, rows: {"x": part, "rest": leaf(part)}, draw(1, 7, 2), chunk=3)
+
+    def test_what_is_the_same_of_every_chunk_is_kept(self):
+        found = chunked(lambda part, rows: (part, float("nan"), "adams", sdekit.VPSDE()), draw(1, 7, 2), chunk=3)
+        assert found[1] != found[1]
+        assert found[2:] == ("adams", sdekit.VPSDE())
+
+    def test_all_that_was_paid_is_counted(self):
+        model = mixture(2, 3).score_model(VP)
+        found = chunked(lambda part, rows: sdekit.log_likelihood(model, part, indices=rows), draw(1, 9, 2), chunk=2)
+        assert int(found.stats.evaluations.sum()) <= found.stats.paid
+        assert found.stats.useful <= 1.0
 
     def test_of_an_empty_batch_is_that_of_the_function(self):
         model = mixture(2, 3).score_model(VP)

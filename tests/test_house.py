@@ -107,6 +107,7 @@ ORDER = [
     "sandwich",
     "sampler_density",
     "checkup",
+    "_nests",
     "chunking",
     "interop.scipy",
     "zoo._baselines",
