@@ -288,14 +288,20 @@ class TestMemory:
         error.__cause__ = torch.OutOfMemoryError("inner")
         assert ran_out(error)
 
+    def group(self, place, limit):
+        """The files of a control group: limit, use and table."""
+        return place / limit, place / "used", place / "stat"
+
     def test_what_is_free_is_less_than_what_there_is(self, monkeypatch, tmp_path):
         total = _memory.os.sysconf("SC_PAGE_SIZE") * _memory.os.sysconf("SC_PHYS_PAGES")
         assert 0 < free_bytes(CPU) <= total
         for name, text in (("most", "5000"), ("used", "1800"), ("none", "max")):
             (tmp_path / name).write_text(text)
-        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((tmp_path / "most", tmp_path / "used"),))
+        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((*self.group(tmp_path, "most"), "files"),))
         assert free_bytes(CPU) == 3200
-        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((tmp_path / "none", tmp_path / "used"),))
+        (tmp_path / "stat").write_text("anon 1\nfiles_of_others 9\nfiles 700\n")  # what was read is given back
+        assert free_bytes(CPU) == 3900
+        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((*self.group(tmp_path, "none"), "files"),))
         assert free_bytes(CPU) > 3200
 
     def test_what_ran_out_of_memory_is_gone_before_the_next_try(self):
