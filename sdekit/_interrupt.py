@@ -11,12 +11,18 @@ from typing import Any
 
 @contextmanager
 def finish_step() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a question the loop asks between steps: stopping within one would tear the state."""
+    """Turns the first Ctrl-C into a question the loop asks between steps: stopping within one would tear the state.
+
+    Where Ctrl-C is ignored (`command &` in a shell's script) or handled outside of Python, it stays so.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield asked.is_set
         return
     before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
+        yield asked.is_set
+        return
 
     def ask(number: int, frame: Any) -> None:
         asked.set()

@@ -17,9 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 Result = TypeVar("Result")
 
-_CONTROL_GROUPS = (  # limit and use of the control group a container runs in, versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# Limit and use of the control group a container runs in, and what of the use are files read once, which the system
+# gives back when it is asked for memory; versions 2 and 1.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
 _OUT = (
     "can't allocate memory",
@@ -38,10 +45,10 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     rooms = [_system_bytes(), *_process_bytes()]
-    for limit, used in _CONTROL_GROUPS:
+    for limit, used, table, files in _CONTROL_GROUPS:
         most, now = _number(Path(limit)), _number(Path(used))
         if most is not None and now is not None:
-            rooms.append(max(0, most - now))
+            rooms.append(max(0, most - max(0, now - _entry(Path(table), files))))
     return min(rooms)
 
 
@@ -77,6 +84,15 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _entry(path: Path, name: str) -> int:
+    """The number beside a name in a table of names and numbers, 0 where there is none."""
+    try:
+        found = (line.split() for line in path.read_text().splitlines())
+        return next((int(words[1]) for words in found if words[:1] == [name]), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -17,8 +17,8 @@ the room, and chunks grow to the largest that fits without ever being too large.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,15 +26,14 @@ from tqdm import tqdm
 
 from ._checks import require_count
 from ._memory import free_bytes, peak_of, ran_out, release
+from ._nests import REST, empty, joined, require_joinable, require_rows, rows, statuses
 from .errors import NetworkError, PartialResultWarning, SolveError
-from .solution import Path, Status
 
 Result = TypeVar("Result")
 
 _FIRST = 2  # samples in the first chunk where the size is chosen
 _SHARE = 0.5  # of the free memory
 _GROWING = 1.25  # a next chunk that would be less than this times the last is no longer worth a measurement
-_REST = int(Status.INTERRUPTED)  # how a sample is marked that was not reached
 
 
 def chunked(
@@ -49,8 +48,9 @@ def chunked(
 
     Args:
         function: Called with (part, rows): some samples (n, ...) of `x` and their places (n,) int64. Returns a
-            LogLikelihood, a Solution or any other nest of NamedTuples, tuples, dicts and tensors of leading size n;
-            numbers (network calls) are added up. No sample may influence another.
+            LogLikelihood, a Solution or any other nest of NamedTuples, tuples, dicts and tensors of leading size n.
+            Network calls are added up; what else is no tensor has to be the same of every chunk. No sample may
+            influence another.
         x: (B, ...) samples: data, latents, or whatever has one entry a sample.
         chunk: Samples at once, at most. None: chosen, from half of the free memory.
         device: Whose memory decides; default that of `x`.
@@ -60,7 +60,8 @@ def chunked(
         The joined result. After Ctrl-C, with a warning: samples not reached are NaN and have Status.INTERRUPTED.
 
     Raises:
-        ValueError, TypeError: Arguments that do not fit, a result whose leading size is not that of its chunk.
+        ValueError, TypeError: Arguments that do not fit, a result whose leading size is not that of its chunk, or that
+            cannot be joined (lists, numpy arrays, other numbers in each chunk).
         SolveError: Some samples failed (all chunks are done first), or a chunk could not be computed; its `.solution`
             is the joined result of what there is.
     """
@@ -148,12 +149,14 @@ class _Parts:
         return max(1, (stop - self.reached) // 2)
 
     def _keep(self, found: Any, stop: int) -> None:
-        _check(found, stop - self.reached)
+        require_rows(found, stop - self.reached)
         if self.done and type(found) is not type(self.done[0]):  # what failed before was a part of the function
-            self.done = [_empty(found, _rows(part)) for part in self.done]
+            self.done = [empty(found, rows(part)) for part in self.done]
+        elif self.done:
+            require_joinable(self.done[0], found)
         self.done.append(found)
         self.reached = stop
-        self.interrupted = any(bool((status == _REST).any()) for status in _statuses(found))
+        self.interrupted = any(bool((status == REST).any()) for status in statuses(found))
 
     def _fail(self, error: Exception, stop: int) -> None:
         """Books the error of a chunk: keeps what it carries, and raises it where nothing is to be kept."""
@@ -161,7 +164,7 @@ class _Parts:
         if partial is None and not self.done:
             raise error
         if partial is not None and self.done and type(partial) is not type(self.done[0]):
-            self._keep(_empty(self.done[0], stop - self.reached), stop)  # it is of a part of the function
+            self._keep(empty(self.done[0], stop - self.reached), stop)  # it is of a part of the function
             self.interrupted = False
         elif partial is not None:
             self._keep(partial, stop)
@@ -171,7 +174,7 @@ class _Parts:
     def result(self) -> Any:
         """The joined result; raises or warns for what is not in it."""
         total, rest = self.x.shape[0], self.x.shape[0] - self.reached
-        whole = _joined([*self.done, _empty(self.done[-1], rest)] if rest else self.done)
+        whole = joined([*self.done, empty(self.done[-1], rest)] if rest else self.done)
         if self.failure is not None:
             more = f" (and {self.failed - 1} chunks more)" if self.failed > 1 else ""
             left = f" {rest} of {total} samples were not reached." if rest else ""
@@ -183,95 +186,3 @@ class _Parts:
                 stacklevel=3,
             )
         return whole
-
-
-_SUMS = ("calls",)  # numbers that add up over chunks; others are the same in each
-
-
-class _Leaf(NamedTuple):
-    """A leaf of a result, and the name of the field that holds it."""
-
-    name: str
-    value: Any
-
-
-def _leaves(tree: Any, name: str = "") -> Iterator[_Leaf]:
-    """All leaves of a nest of (named) tuples and dicts."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, str(key))
-    elif isinstance(tree, tuple):
-        names = getattr(tree, "_fields", (name,) * len(tree))
-        for field, value in zip(names, tree, strict=True):
-            yield from _leaves(value, field)
-    else:
-        yield _Leaf(name, tree)
-
-
-def _statuses(tree: Any) -> Iterator[Tensor]:
-    """What tells how each sample ended, wherever it stands in a result."""
-    return (leaf.value for leaf in _leaves(tree) if leaf.name == "status" and isinstance(leaf.value, Tensor))
-
-
-def _check(found: Any, count: int) -> None:
-    for name, value in _leaves(found):
-        if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[0] != count):
-            raise ValueError(
-                f"function returned {name or 'a tensor'} of shape {tuple(value.shape)} for {count} samples; a leading "
-                "size of one entry a sample is needed."
-            )
-
-
-def _joined(parts: list[Any], name: str = "") -> Any:
-    """The results of consecutive chunks as one."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, Path):
-        length = max(part.t.shape[1] for part in parts)
-        return Path(
-            *(torch.cat([_lengthened(value, length) for value in column]) for column in zip(*parts, strict=True))
-        )
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts], str(key)) for key in first}
-    if isinstance(first, tuple):
-        names = getattr(first, "_fields", (name,) * len(first))
-        columns = (_filled(column, parts) for column in zip(*parts, strict=True))
-        children = [_joined(column, field) for column, field in zip(columns, names, strict=True)]
-        return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
-    return sum(parts) if name in _SUMS else first
-
-
-def _filled(column: tuple[Any, ...], parts: list[Any]) -> list[Any]:
-    """The column of one field; where only some chunks have it (others failed before), theirs is as if not reached."""
-    known = [value for value in column if value is not None]
-    if not known or len(known) == len(column):
-        return list(column)
-    return [
-        _empty(known[0], _rows(part)) if value is None else value for value, part in zip(column, parts, strict=True)
-    ]
-
-
-def _rows(part: Any) -> int:
-    """How many samples a chunk's result is of."""
-    return next(leaf.value.shape[0] for leaf in _leaves(part) if isinstance(leaf.value, Tensor))
-
-
-def _lengthened(value: Tensor, length: int) -> Tensor:
-    """A path's (n, m, ...) made (n, length, ...): samples that took fewer steps stay at their last."""
-    last = value[:, -1:].expand(-1, length - value.shape[1], *value.shape[2:])
-    return torch.cat((value, last), 1)
-
-
-def _empty(like: Any, count: int, name: str = "") -> Any:
-    """A result of `count` samples that were not reached: NaN, 0, and as their status INTERRUPTED."""
-    if isinstance(like, Tensor):
-        value = _REST if name == "status" else float("nan") if like.is_floating_point() else 0
-        return torch.full((count, *like.shape[1:]), value, dtype=like.dtype, device=like.device)
-    if isinstance(like, dict):
-        return {key: _empty(value, count, str(key)) for key, value in like.items()}
-    if isinstance(like, tuple):
-        names = getattr(like, "_fields", (name,) * len(like))
-        children = [_empty(value, count, field) for field, value in zip(names, like, strict=True)]
-        return type(like)(*children) if hasattr(like, "_fields") else tuple(children)
-    return 0 if name in _SUMS else like

@@ -18,12 +18,13 @@ import torch
 
 from .commands import options as opt
 from .commands.arrays import floating, read_array, require_suffix, write_arrays
-from .commands.evaluation import Options, Summary, evaluate, only_the_summary_warns, require_finished, summarise
+from .commands.drawing import Drawing, draw
+from .commands.evaluation import Options, evaluate, summarise, table
+from .commands.kept import partial_of
 from .commands.models import find_model, save_trained
 from .commands.recipes import NetworkChoice, train_array, train_digits
 from .divergence import Divergence, Exact, Hutchinson
 from .runtime import Runtime
-from .sampling import sample as draw_samples
 from .solver.base import Solver
 from .solver.exponential import DPMSolverPP
 from .solver.runge_kutta import RK4, Euler, Heun
@@ -40,6 +41,8 @@ _SOLVERS: dict[str, Callable[[], Solver | None]] = {
     "euler-maruyama": EulerMaruyama,
 }
 
+_NOT_OF_DIGITS = {"key", "kind", "width", "depth", "dropout", "batch_size", "learning_rate", "count", "low", "high"}
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sdekit")
@@ -52,6 +55,8 @@ def main(traceback: bool) -> None:
 @click.argument("data", type=opt.FILE)
 @opt.model
 @opt.key
+@opt.first
+@click.option("--count", "number", type=click.IntRange(1), help="How many rows of DATA.  [default: all the rest]")
 @click.option("--out", type=opt.FILE, help="Write every sample's numbers: .npz or .safetensors.")
 @click.option("--tolerance", type=float, default=1e-2, show_default=True, help="Nats per sample.")
 @click.option("--nodes", type=click.IntRange(2), help="So many evaluations on a fixed grid, whatever the tolerance.")
@@ -69,6 +74,8 @@ def likelihood(
     data: Path,
     name: str,
     key: str | None,
+    first: int | None,
+    number: int | None,
     out: Path | None,
     tolerance: float,
     nodes: int | None,
@@ -91,15 +98,19 @@ def likelihood(
     if out is not None:
         if require_suffix(out) == ".npy":
             raise click.ClickException("several numbers a sample do not go into a .npy file: name a .npz file.")
-        opt.require_free(out, overwrite)
+        opt.require_place(out, overwrite)
     options = Options(tolerance, _divergence(divergence, probes), seed, nodes=nodes)
     levels = None if count is None else Levels(count, low, high)
-    x = floating(read_array(data, key), levels, seed)
+    whole = floating(read_array(data, key), levels, seed)  # of a shard too: noise has its place in the whole
+    rows = opt.rows_of(len(whole), first, number)
+    x = whole[rows]
     where = opt.choose_device(device)
     model = find_model(name)[0].to(where)
-    partial = None if out is None else out.with_name(f"{out.name}.partial.safetensors")
+    partial = None if out is None else partial_of(out)
     scores = evaluate(
         *(model, x, options),
+        first=rows.start,
+        total=len(whole),
         batch_size=batch_size,
         partial=partial,
         device=where,
@@ -107,15 +118,11 @@ def likelihood(
         runtime=runtime,
     )
     summary = summarise(scores)
-    click.echo("\n".join(_table(summary, math.prod(x.shape[1:]), levels)))
+    click.echo("\n".join(table(summary, math.prod(x.shape[1:]), levels)))
     if out is not None and partial is not None:
-        facts = {
-            "tolerance": tolerance,
-            "nodes": nodes,
-            "divergence": repr(options.divergence),
-            "seed": seed,
-            "model": name,
-        }
+        facts = {"tolerance": tolerance, "nodes": nodes, "divergence": repr(options.divergence), "seed": seed}
+        facts |= {"model": name, "first": rows.start}
+        opt.require_free(out, overwrite, partial)
         write_arrays(out, scores._asdict(), {"options": json.dumps(facts), "summary": summary.to_json()})
         partial.unlink(missing_ok=True)
         click.echo(f"every sample's numbers in {str(out)!r}")
@@ -133,29 +140,10 @@ def _divergence(name: str | None, probes: int | None) -> Divergence | None:
     return Exact() if name == "exact" else Hutchinson(probes=probes or 1)
 
 
-def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
-    """The lines that `sdekit likelihood` prints, for samples of `size` dimensions."""
-    lines = [
-        f"samples    {summary.arrived} of {summary.samples} arrived ({summary.loose} above the tolerance), "
-        f"{summary.evaluations:.1f} network evaluations each",
-        f"log p      {summary.mean:.4f} nats   +- {summary.spread:.2g} over samples   +- {summary.trace:.2g} trace   "
-        f"<= {summary.solver:.2g} solver",
-    ]
-    if levels is None:
-        return [*lines, "bits/dim   depend on the width of a level: pass --levels, --low, --high"]
-    scale = 1.0 / (size * math.log(2.0))
-    offset = -math.log2(levels.width)
-    return [
-        *lines,
-        f"bits/dim   {offset - summary.mean * scale:.4f}   +- {summary.spread * scale:.2g} over samples   "
-        f"+- {summary.trace * scale:.2g} trace   <= {summary.solver * scale:.2g} solver",
-        f"           {levels.count} levels on [{levels.low:g}, {levels.high:g}]: offset {offset:.4f}",
-    ]
-
-
 @main.command()
 @opt.model
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many.")
+@opt.first
 @opt.shape
 @click.option("--out", type=opt.FILE, required=True, help="A .npy, .npz or .safetensors file.")
 @click.option("--picture", type=opt.FILE, help="Draw the samples (.png, .pdf, .svg).")
@@ -172,6 +160,7 @@ def _table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
 def sample(
     name: str,
     count: int,
+    first: int | None,
     shape: tuple[int, ...] | None,
     out: Path,
     picture: Path | None,
@@ -185,39 +174,35 @@ def sample(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Write samples of a model to --out. Sample i depends on the seed and on i alone."""
+    """Write samples of a model to --out. Sample i depends on the seed and on i alone.
+
+    Finished batches are kept beside --out: the same command goes on where an interrupted one stopped.
+    """
     require_suffix(out)
-    opt.require_free(out, overwrite)
+    opt.require_place(out, overwrite)
     if picture is not None:
         from .plot import require_picture
 
         require_picture(picture)
+        opt.require_place(picture, overwrite)
     where = opt.choose_device(device)
-    model, event = find_model(name)
-    event = shape if shape is not None else event
+    model, known = find_model(name)
+    event = shape if shape is not None else known
     if event is None:
         raise click.ClickException(f"{name!r} does not say the shape of a sample: pass --shape, for example 3,32,32.")
-    model = model.to(where)
-    model.check_batch(count)
-    chosen = _SOLVERS[solver]() if solver is not None else None
-    parts = []
-    for rows in torch.split(torch.arange(count, device=where), batch_size):
-        with only_the_summary_warns():
-            solution = draw_samples(
-                *(model.take(rows), (rows.shape[0], *event)),
-                solver=chosen,
-                steps=steps,
-                eta=eta,
-                seed=seed,
-                indices=rows,
-                device=where,
-                progress=not quiet,
-                runtime=runtime,
-            )
-        require_finished(solution.status)
-        parts.append(solution.x.cpu())
-    x = torch.cat(parts)
+    drawing = Drawing(count, event, first, steps, None if solver is None else _SOLVERS[solver](), eta, seed)
+    partial = partial_of(out)
+    x = draw(
+        *(model.to(where), drawing),
+        batch_size=batch_size,
+        partial=partial,
+        device=where,
+        progress=not quiet,
+        runtime=runtime,
+    )
+    opt.require_free(out, overwrite, partial)
     write_arrays(out, {"x": x})
+    partial.unlink(missing_ok=True)
     click.echo(f"{count} samples of shape {event} in {str(out)!r}")
     if picture is not None:
         from .plot import samples_figure, save
@@ -268,11 +253,11 @@ def train(
     """
     if out.suffix != ".safetensors":
         raise click.ClickException(f"{str(out)!r}: a .safetensors file is needed.")
-    opt.require_free(out, overwrite)
+    opt.require_place(out, overwrite)
     checkpoint = out.with_name(f"{out.stem}.checkpoint.safetensors")
-    out.parent.mkdir(parents=True, exist_ok=True)
     where, shown = opt.choose_device(device), not quiet
     if data == "digits":
+        opt.refuse_given(_NOT_OF_DIGITS, "the recipe of `sdekit train digits` sets it: leave it out.")
         model, architecture = train_digits(steps, seed, checkpoint, shown, where)
     else:
         levels = None if count is None else Levels(count, low, high)
@@ -280,6 +265,7 @@ def train(
         choice = NetworkChoice(kind, width, depth, dropout)
         x = read_array(Path(data), key)
         model, architecture = train_array(x, levels, choice, recipe, batch_size, checkpoint, where, progress=shown)
+    opt.require_free(out, overwrite, checkpoint)
     save_trained(out, model, architecture)
     checkpoint.unlink(missing_ok=True)
     click.echo(f"{sum(p.numel() for p in model.parameters())} parameters, {steps} steps; model in {str(out)!r}")

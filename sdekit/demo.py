@@ -25,7 +25,8 @@ import torchdiffeq
 from torch import Tensor
 from tqdm import tqdm
 
-from .commands.evaluation import only_the_summary_warns, require_finished
+from .commands.evaluation import only_the_summary_warns
+from .commands.kept import require_finished
 from .divergence import Divergence, Exact, Hutchinson
 from .likelihood import log_likelihood
 from .model.score_model import ScoreModel

@@ -48,6 +48,8 @@ def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
 def as_images(x: Tensor) -> np.ndarray:
     """(n, H, W) or (n, H, W, 3) float64 of images (n, H, W), (n, 1, H, W) or (n, 3, H, W), scaled to [0, 1] together.
 
+    What is not finite has no part in the scale: NaN stays NaN, which is drawn as nothing, infinities become 0 and 1.
+
     Raises:
         ValueError: Another shape.
     """
@@ -58,8 +60,9 @@ def as_images(x: Tensor) -> np.ndarray:
         values = values.permute(0, 2, 3, 1)
     elif values.dim() != 3:
         raise ValueError(f"x.shape={tuple(x.shape)}; images (n, H, W), (n, 1, H, W) or (n, 3, H, W) are needed.")
-    low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 1.0)
-    return np.asarray(((values - low) / (high - low or 1.0)).numpy())
+    finite = values[values.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 1.0)
+    return np.asarray(((values - low) / (high - low or 1.0)).clamp(0.0, 1.0).numpy())
 
 
 def draw_images(axes: Axes, x: Tensor, columns: int | None = None) -> None:
@@ -82,6 +85,12 @@ def draw_images(axes: Axes, x: Tensor, columns: int | None = None) -> None:
     axes.set_axis_off()
 
 
+def _finite(x: Tensor) -> np.ndarray:
+    """Those of the values that are finite, float64."""
+    values = x.detach().cpu().double()
+    return np.asarray(values[values.isfinite()].numpy())
+
+
 def draw_histogram(axes: Axes, values: Tensor, label: str, lines: Sequence[tuple[float, str]] = ()) -> None:
     """Draws a histogram of the finite `values`.
 
@@ -91,7 +100,7 @@ def draw_histogram(axes: Axes, values: Tensor, label: str, lines: Sequence[tuple
         label: Of the axis, with its unit.
         lines: Places to mark, each with its name.
     """
-    finite = values[values.isfinite()].cpu().numpy()
+    finite = _finite(values)
     axes.hist(finite, bins=min(40, max(5, len(finite) // 8)), color=_SOFT, edgecolor="white", linewidth=0.5)
     for (place, name), colour in zip(lines, (_INK, _MARK, "#5b8c5a", "#777777"), strict=False):
         axes.axvline(place, color=colour, linewidth=1.5, label=f"{name} {place:.3f}")
@@ -111,8 +120,9 @@ def draw_error_bars(axes: Axes, values: Tensor, errors: Tensor, label: str) -> N
         errors: (n,) standard errors, in the unit of `values`.
         label: Of the axis, with its unit.
     """
-    good = values.isfinite() & errors.isfinite()
-    value, error = values[good].cpu(), errors[good].cpu()
+    value, error = values.detach().cpu().double(), errors.detach().cpu().double()
+    good = value.isfinite() & error.isfinite()
+    value, error = value[good], error[good]
     order = value.argsort()
     y, half = value[order].numpy(), 1.96 * error[order].numpy()
     place = np.arange(len(y))
@@ -150,8 +160,13 @@ def samples_figure(x: Tensor) -> Figure:
     """A picture of samples: a mosaic of images, points in the plane, or histograms of the first dimensions.
 
     Args:
-        x: (n, *event), n >= 1.
+        x: (n, *event), n >= 1. Values that are not finite are left out.
+
+    Raises:
+        ValueError: There are no samples.
     """
+    if x.dim() == 0 or x.numel() == 0:
+        raise ValueError(f"x.shape={tuple(x.shape)}; at least one sample is needed for a picture.")
     figure = new_figure(6.0, 6.0)
     axes = figure.add_subplot()
     if x.dim() == 3 or (x.dim() == 4 and x.shape[1] in (1, 3)):
@@ -165,7 +180,7 @@ def samples_figure(x: Tensor) -> Figure:
         axes.set_ylabel("x1")
         return figure
     for dimension in range(min(4, flat.shape[1])):
-        axes.hist(flat[:, dimension].numpy(), bins=40, histtype="step", label=f"x{dimension}")
+        axes.hist(_finite(flat[:, dimension]), bins=40, histtype="step", label=f"x{dimension}")
     axes.legend(frameon=False)
     axes.set_ylabel("samples")
     return figure

@@ -96,8 +96,39 @@ class Levels:
         return self.low + self.width * (x + within)
 
     def dequantise(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A uniform point of each level's bin, float32, the shape of `x`."""
-        return self.place(x, torch.rand(x.shape, generator=generator, device=x.device))
+        """A uniform point of each level's bin, the lower edge included, the upper one not; the shape of `x`.
+
+        float32 for up to 4,096 levels, the nearest number that is still in the bin; float64 beyond, and for bins so far
+        from zero that they hold hardly a float32 number.
+
+        Args:
+            x: Levels, 0..count - 1.
+            generator: Of the draws, on the device of `x`.
+        """
+        k = x.double()
+        point = self.place(k, torch.rand(x.shape, generator=generator, device=x.device).double())
+        lower, upper = self.place(k, 0.0), self.place(k, 1.0)
+        if self._coarse():
+            return torch.minimum(point, _before(upper))
+        point = point.float()
+        point = torch.where(point.double() >= upper, _before(point), point)
+        return torch.where(point.double() < lower, _after(point), point)
+
+    def _coarse(self) -> bool:
+        """Whether float32 is too coarse for these bins."""
+        return self.count > _SINGLE_LEVELS or self.width < 4.0 * _EPS * max(abs(self.low), abs(self.high))
+
+
+_SINGLE_LEVELS = 1 << 12  # up to there float32 has at least a thousand numbers in a bin of [-1, 1]
+_EPS = torch.finfo(torch.float32).eps
+
+
+def _before(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, -math.inf))
+
+
+def _after(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, math.inf))
 
 
 def on_levels(x: Tensor) -> Tensor:

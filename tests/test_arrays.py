@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit.commands.arrays import read_array, write_arrays
+from sdekit.commands.arrays import floating, read_array, write_arrays
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
@@ -42,3 +42,31 @@ def test_a_broken_file_is_named(tmp_path, suffix):
     path.write_bytes(b"not an array")
     with pytest.raises(ValueError, match=path.name):
         read_array(path)
+
+
+def test_a_header_that_claims_more_than_there_is_memory_is_named(tmp_path):
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 10**5)})
+    with pytest.raises(ValueError, match=r"x\.npy.*(larger than the memory|broken)"):
+        read_array(tmp_path / "x.npy")
+
+
+def test_a_damaged_archive_is_named_with_its_reader_s_reason(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=np.random.default_rng(0).normal(size=500))
+    held = bytearray(path.read_bytes())
+    held[60:90] = bytes(30)
+    path.write_bytes(held)
+    with pytest.raises(ValueError, match=r"x\.npz.*: .*error: .+\)"):
+        read_array(path)
+
+
+def test_a_directory_is_no_file(tmp_path):
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(ValueError, match="is a directory"):
+        read_array(tmp_path / "x.safetensors")
+
+
+def test_complex_numbers_are_called_so():
+    with pytest.raises(ValueError, match=r"complex numbers \(torch.complex64\)"):
+        floating(torch.zeros(3, 2, dtype=torch.complex64), None, 0)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ class Classes(nn.Module):
 
     def forward(self, x, label, y):
         return self.net(x, label) + torch.tanh(self.shift[y])
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in what is no tuple."""
+
+    x: torch.Tensor
 
 
 class TestTheResult:
@@ -105,6 +113,32 @@ class TestTheResult:
         assert torch.equal(found[1]["row"], torch.arange(7))
         assert found[1]["calls"] == 3
         assert found[2] is None
+
+    @pytest.mark.parametrize(
+        ("leaf", "words"),
+        [
+            (lambda part: [part], "rest of type list"),
+            (lambda part: part.numpy(), "rest of type ndarray"),
+            (lambda part: Held(part), "rest of type Held"),
+            (lambda part: float(part.mean()), "rest that is .* of one chunk and .* of another"),
+            (lambda part: str(len(part)), "rest that is '3' of one chunk and '1' of another"),
+            (lambda part: part if len(part) == 3 else 1.0, "rest that is a Tensor of one chunk and 1.0 of another"),
+        ],
+    )
+    def test_what_cannot_be_joined_is_refused_by_its_name(self, leaf, words):
+        with pytest.raises(TypeError, match=words):
+            chunked(lambda part, rows: {"x": part, "rest": leaf(part)}, draw(1, 7, 2), chunk=3)
+
+    def test_what_is_the_same_of_every_chunk_is_kept(self):
+        found = chunked(lambda part, rows: (part, float("nan"), "adams", sdekit.VPSDE()), draw(1, 7, 2), chunk=3)
+        assert found[1] != found[1]
+        assert found[2:] == ("adams", sdekit.VPSDE())
+
+    def test_all_that_was_paid_is_counted(self):
+        model = mixture(2, 3).score_model(VP)
+        found = chunked(lambda part, rows: sdekit.log_likelihood(model, part, indices=rows), draw(1, 9, 2), chunk=2)
+        assert int(found.stats.evaluations.sum()) <= found.stats.paid
+        assert found.stats.useful <= 1.0
 
     def test_of_an_empty_batch_is_that_of_the_function(self):
         model = mixture(2, 3).score_model(VP)
@@ -254,14 +288,20 @@ class TestMemory:
         error.__cause__ = torch.OutOfMemoryError("inner")
         assert ran_out(error)
 
+    def group(self, place, limit):
+        """The files of a control group: limit, use and table."""
+        return place / limit, place / "used", place / "stat"
+
     def test_what_is_free_is_less_than_what_there_is(self, monkeypatch, tmp_path):
         total = _memory.os.sysconf("SC_PAGE_SIZE") * _memory.os.sysconf("SC_PHYS_PAGES")
         assert 0 < free_bytes(CPU) <= total
         for name, text in (("most", "5000"), ("used", "1800"), ("none", "max")):
             (tmp_path / name).write_text(text)
-        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((tmp_path / "most", tmp_path / "used"),))
+        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((*self.group(tmp_path, "most"), "files"),))
         assert free_bytes(CPU) == 3200
-        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((tmp_path / "none", tmp_path / "used"),))
+        (tmp_path / "stat").write_text("anon 1\nfiles_of_others 9\nfiles 700\n")  # what was read is given back
+        assert free_bytes(CPU) == 3900
+        monkeypatch.setattr(_memory, "_CONTROL_GROUPS", ((*self.group(tmp_path, "none"), "files"),))
         assert free_bytes(CPU) > 3200
 
     def test_what_ran_out_of_memory_is_gone_before_the_next_try(self):

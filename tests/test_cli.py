@@ -17,11 +17,14 @@ from safetensors.numpy import load_file, save_file
 
 import sdekit
 from sdekit.cli import main
+from sdekit.commands import drawing as _drawing
 from sdekit.commands import evaluation as _evaluation
+from sdekit.commands import kept as _kept
 from sdekit.commands import recipes as _recipes
 from sdekit.model.nets import MLP
 
 MODULE = """
+import os
 import torch
 import sdekit
 
@@ -55,6 +58,11 @@ class Shifted(torch.nn.Module):
 def conditioned():
     shift = torch.arange(10.0, dtype=torch.float64)[:, None] / 10
     return sdekit.ScoreModel(Shifted(), sdekit.VPSDE(), sdekit.data()).condition(shift=shift)
+
+def guided():
+    scale = float(os.environ["TOY_SCALE"])
+    other = sdekit.targets.Gaussian(torch.zeros(2), torch.eye(2)).score_model(sdekit.VPSDE())
+    return sdekit.guided(load(), other, lambda level: torch.full_like(level, scale))
 
 def number():
     return 3
@@ -397,28 +405,70 @@ def test_what_cannot_be_trained_on_is_refused(place, array, extra, message):
     assert message in train("model.safetensors", *extra, status=1).output
 
 
-def test_a_changed_model_changes_the_fingerprint(place):
+def test_a_changed_model_changes_the_fingerprint():
     x, options = torch.zeros(2, 2), _evaluation.Options()
 
     class Net(torch.nn.Linear):
-        gain = 1.0
+        def __init__(self):
+            super().__init__(2, 2)
+            self.gain, self.bounds = 1.0, (0.0, 1.0)
+            self.register_buffer("table", torch.zeros(3), persistent=False)
 
-        def forward(self, x, label):
-            return self.gain * super().forward(x)
-
-    net = Net(2, 2)
+    net = Net()
     model = sdekit.ScoreModel(net, sdekit.VPSDE())
-    before = _evaluation.fingerprint(model, x, options)
-    assert _evaluation.fingerprint(sdekit.ScoreModel(net, sdekit.VPSDE()), x, options) == before
-    assert _evaluation.fingerprint(sdekit.ScoreModel(net, sdekit.VESDE()), x, options) != before
-    assert _evaluation.fingerprint(sdekit.ScoreModel(net, sdekit.VPSDE(), sdekit.score()), x, options) != before
-    net.gain = 2.0  # no weight: what the network does tells
-    assert _evaluation.fingerprint(model, x, options) != before
-    net.gain = 1.0
-    assert _evaluation.fingerprint(model, x, options) == before
+    before = _kept.fingerprint(model, options, x)
+    assert _kept.fingerprint(sdekit.ScoreModel(net, sdekit.VPSDE()), options, x) == before
+    assert _kept.fingerprint(sdekit.ScoreModel(net, sdekit.VESDE()), options, x) != before
+    assert _kept.fingerprint(sdekit.ScoreModel(net, sdekit.VPSDE(), sdekit.score()), options, x) != before
+    for name, other in (("gain", 2.0), ("bounds", (0.0, 2.0)), ("table", torch.ones(3))):  # no weights
+        old = getattr(net, name)
+        setattr(net, name, other)
+        assert _kept.fingerprint(model, options, x) != before
+        setattr(net, name, old)
+        assert _kept.fingerprint(model.eval(), options, x) == before
     with torch.no_grad():
         net.bias += 1e-6
-    assert _evaluation.fingerprint(model, x, options) != before
+    assert _kept.fingerprint(model, options, x) != before
+
+
+class TestAnswers:
+    def answers(self, scale):
+        """Of a guided model whose scale no attribute tells: a function."""
+        one, two = (
+            sdekit.targets.Gaussian(torch.full((2,), mean), torch.eye(2)).score_model(sdekit.VPSDE())
+            for mean in (1.0, -1.0)
+        )
+        x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return _kept.ask(sdekit.guided(one, two, scale), x, torch.arange(5))
+
+    def test_tell_a_guidance_scale(self):
+        mine = self.answers(lambda level: torch.full_like(level, 2.0))
+        assert mine.values.shape == (16, 3, 2)
+        assert mine.same(self.answers(2.0).values)
+        assert not mine.same(self.answers(2.002).values)
+
+    def test_tell_a_guidance_interval_between_the_ends(self):
+        two, three = (sdekit.GuidanceInterval(scale, low=0.5, high=2.5, width=0.1) for scale in (2.0, 3.0))
+        assert not self.answers(lambda level: two(level)).same(self.answers(lambda level: three(level)).values)
+
+    def test_are_the_same_up_to_rounding(self):
+        mine = self.answers(2.0)
+        assert mine.same(mine.values * (1 + 1e-6))
+        assert mine.same(torch.full_like(mine.values, torch.nan)) is False
+        unknown = _kept.Answers(torch.full((2, 1, 3), torch.nan), 1e-4)
+        assert unknown.same(unknown.values)
+
+
+def test_a_scale_that_changed_is_refused_though_nothing_else_tells(place, monkeypatch):
+    options = ["--batch-size", "4", "--out", "out.npz", "--model", "sdekit_cli_toy:guided"]
+    monkeypatch.setenv("TOY_SCALE", "2.0")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        run("likelihood", "x.npy", *options, status=130)
+    monkeypatch.setenv("TOY_SCALE", "2.002")
+    assert "another model" in run("likelihood", "x.npy", *options, status=1).output
+    monkeypatch.setenv("TOY_SCALE", "2.0")
+    run("likelihood", "x.npy", *options)
 
 
 def test_conditions_follow_their_samples(place):
@@ -456,3 +506,160 @@ def test_likelihood_on_a_grid_is_the_library_s(place):
     wanted = sdekit.log_likelihood(target.score_model(sdekit.VPSDE()), x, nodes=12)
     np.testing.assert_allclose(arrays("out.npz")["log_prob"], wanted.log_prob.numpy(), rtol=0, atol=1e-10)
     assert (arrays("out.npz")["evaluations"] == wanted.stats.evaluations.numpy()).all()
+
+
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which every write takes a second and nothing else any time, so that later ones are put off."""
+    now = [0.0]
+    write = _kept.write_arrays
+
+    def timed(*arguments):
+        write(*arguments)
+        now[0] += 1.0
+
+    monkeypatch.setattr(_kept, "write_arrays", timed)
+    monkeypatch.setattr(_kept.time, "monotonic", lambda: now[0])
+
+
+def test_batches_whose_write_was_put_off_are_kept_on_ctrl_c(place, monkeypatch):
+    slow_clock(monkeypatch)
+    written = []
+    monkeypatch.setattr(_kept.Kept, "write", lambda self, write=_kept.Kept.write: (written.append(0), write(self)))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        shown = likelihood("--batch-size", "2", "--out", "out.npz", status=130).output
+    assert "interrupted after 8 of 10 samples; 8 are kept" in shown
+    assert load_file("out.npz.partial.safetensors")["log_prob"].shape == (8,)
+    assert len(written) == 2  # after the first batch, and at the end
+
+
+def test_only_what_was_written_is_said_to_be_kept(place, monkeypatch):
+    def full(*arguments):
+        raise OSError("disk full")
+
+    interrupt_after(monkeypatch, 1)
+    slow_clock(monkeypatch)
+    monkeypatch.setattr(_kept, "write_arrays", full)
+    monkeypatch.setattr(_kept.Kept, "add", lambda self, part: self.parts.append(part))
+    shown = likelihood("--batch-size", "4", "--out", "out.npz", status=130).output
+    assert "interrupted after 4 of 10 samples; nothing was kept, the rest could not be written: disk full" in shown
+
+
+def test_a_run_leaves_alone_what_another_keeps_in_the_same_place(place, monkeypatch):
+    start = _kept.Kept.__init__
+
+    def late(self, path, mark, answers):
+        start(self, path, mark, answers)
+        monkeypatch.setattr(_kept.Kept, "__init__", start)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1)
+            likelihood("--batch-size", "4", "--seed", "1", "--out", "out.npz", status=130)
+
+    monkeypatch.setattr(_kept.Kept, "__init__", late)
+    assert "another run writes to" in likelihood("--batch-size", "4", "--out", "out.npz", status=1).output
+    likelihood("--batch-size", "4", "--seed", "1", "--out", "out.npz")
+
+
+def test_a_result_that_appeared_meanwhile_is_not_replaced(place, monkeypatch):
+    evaluate = sdekit.log_likelihood
+
+    def meanwhile(model, x, **options):
+        Path("out.npz").write_bytes(b"another's")
+        return evaluate(model, x, **options)
+
+    monkeypatch.setattr(_evaluation, "log_likelihood", meanwhile)
+    shown = likelihood("--out", "out.npz", status=1).output
+    assert "is kept in 'out.npz.partial.safetensors'" in shown
+    assert Path("out.npz").read_bytes() == b"another's"
+    assert load_file("out.npz.partial.safetensors")["log_prob"].shape == (10,)
+
+
+DRAW = ("sample", "--model", "sdekit_cli_toy:load", "--shape", "2", "--steps", "6", "--batch-size", "4")
+
+
+@pytest.mark.parametrize("eta", ["0", "1"])
+def test_interrupted_sampling_goes_on_to_the_same_bits(place, monkeypatch, eta):
+    asked, draws, calls = (*DRAW, "--count", "10", "--eta", eta), sdekit.sample, []
+    run(*asked, "--out", "whole.npy")
+
+    def stopping(*arguments, **options):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draws(*arguments, **options)
+
+    monkeypatch.setattr(_drawing, "sample", stopping)
+    assert "interrupted after 8 of 10 samples; 8 are kept" in run(*asked, "--out", "parts.npy", status=130).output
+    assert "other options" in run(*asked, "--seed", "3", "--out", "parts.npy", status=1).output
+    run(*asked, "--out", "parts.npy")
+    assert len(calls) == 4  # the last batch only
+    np.testing.assert_array_equal(np.load("parts.npy"), np.load("whole.npy"))
+    assert sorted(path.name for path in place.glob("parts*")) == ["parts.npy"]
+
+
+@pytest.mark.parametrize("model", ["load", "conditioned"])
+def test_shards_of_samples_are_the_whole(place, model):
+    asked = (*DRAW, "--model", f"sdekit_cli_toy:{model}")
+    run(*asked, "--count", "10", "--out", "whole.npy")
+    run(*asked, "--count", "4", "--first", "0", "--out", "a.npy")
+    run(*asked, "--count", "6", "--first", "4", "--out", "b.npy")
+    np.testing.assert_array_equal(np.concatenate([np.load("a.npy"), np.load("b.npy")]), np.load("whole.npy"))
+
+
+def test_conditions_have_to_reach_the_last_sample(place):
+    asked = (*DRAW, "--model", "sdekit_cli_toy:conditioned", "--count", "6", "--first", "5", "--out", "a.npy")
+    assert "at least 11 is needed" in run(*asked, status=1).output
+
+
+@pytest.mark.parametrize("model", ["load", "conditioned"])
+def test_shards_of_an_array_are_the_whole(place, model):
+    np.save("k.npy", np.random.default_rng(0).integers(0, 8, (10, 2)))
+    asked = ("likelihood", "k.npy", "--levels", "8", "--model", f"sdekit_cli_toy:{model}", "--batch-size", "4")
+    asked = (*asked, "--divergence", "hutchinson", "--tolerance", "0.1")
+    run(*asked, "--out", "whole.npz")
+    run(*asked, "--count", "4", "--out", "a.npz")
+    run(*asked, "--first", "4", "--out", "b.npz")
+    whole, a, b = (arrays(f"{name}.npz") for name in ("whole", "a", "b"))
+    for name in _evaluation.Scores._fields:
+        np.testing.assert_array_equal(np.concatenate([a[name], b[name]]), whole[name])
+
+
+@pytest.mark.parametrize("asked", [("--first", "10"), ("--first", "7", "--count", "4")])
+def test_rows_that_are_not_there_are_refused(place, asked):
+    assert "the array has the rows 0 to 9 only" in likelihood(*asked, status=1).output
+
+
+@pytest.mark.parametrize("command", [("likelihood", "absent.npy"), ("sample", "--shape", "2"), ("train", "absent.npy")])
+def test_a_place_that_cannot_be_written_is_found_first(place, command):
+    model = () if command[0] == "train" else ("--model", "sdekit_cli_toy:broken")
+    Path("file").write_text("")
+    shown = run(*command, *model, "--out", "file/out.safetensors", status=1).output
+    assert "'file' is not a directory that can be written to" in shown
+
+
+def test_a_picture_is_not_replaced_unasked(place):
+    Path("p.png").write_bytes(b"mine")
+    assert "'p.png' exists" in run(*DRAW, "--out", "x2.npy", "--picture", "p.png", status=1).output
+    assert Path("p.png").read_bytes() == b"mine"
+    run(*DRAW, "--out", "x2.npy", "--picture", "p.png", "--overwrite")
+    assert Path("p.png").read_bytes() != b"mine"
+
+
+def test_what_the_recipe_of_digits_sets_is_not_to_be_given(place):
+    shown = run("train", "digits", "--out", "d.safetensors", "--width", "9", "--net", "mlp", status=1).output
+    assert "--net, --width: the recipe of `sdekit train digits` sets it" in shown
+
+
+def test_where_none_arrived_no_means_are_shown(place):
+    np.save("x.npy", np.full((3, 2), np.nan))
+    shown = likelihood(status=1).output
+    assert "none of 3 arrived" in shown
+    assert "nan" not in shown
+
+
+def test_an_error_of_many_lines_is_shown_in_one(place, monkeypatch):
+    def failing(*arguments, **options):
+        raise RuntimeError("no such kernel\nregistered at a.cpp\nregistered at b.cpp")
+
+    monkeypatch.setattr(_evaluation, "log_likelihood", failing)
+    assert likelihood(status=1).output == "Error: no such kernel\n"

@@ -55,6 +55,29 @@ def test_a_histogram_counts_every_finite_value():
     assert sum(bar.get_height() for bar in axes.patches) == 50
 
 
+def test_what_is_not_finite_does_not_spoil_the_scale():
+    x = torch.tensor([[[0.0, 1.0], [2.0, float("nan")]], [[4.0, float("inf")], [-float("inf"), 1.0]]])
+    nan = float("nan")
+    np.testing.assert_array_equal(plot.as_images(x), [[[0, 0.25], [0.5, nan]], [[1, 1], [0, 0.25]]])
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (6, 2), (6, 3, 4)])
+def test_samples_that_are_not_finite_are_left_out(tmp_path, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[2] = float("inf")
+    x[3] = float("nan")
+    plot.save(plot.samples_figure(x), tmp_path / "x.png", dpi=40)
+
+
+def test_values_of_any_kind_are_drawn():
+    values = torch.linspace(0, 1, 50)
+    for kind in (values.clone().requires_grad_(), values.bfloat16()):
+        axes = plot.new_figure(2, 2).add_subplot()
+        plot.draw_histogram(axes, kind, "x")
+        assert sum(bar.get_height() for bar in axes.patches) == 50
+        plot.draw_error_bars(axes, kind, kind, "x")
+
+
 def test_the_demo_s_picture_is_drawn(tmp_path):
     bits = torch.linspace(1, 3, 40)
     figure = plot.demo_figure(torch.zeros(9, 1, 8, 8), bits, 0.1 * bits, [(2.0, "network")], "title")
@@ -65,5 +88,7 @@ def test_the_demo_s_picture_is_drawn(tmp_path):
 def test_what_cannot_be_drawn_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x\.txt"):
         plot.save(plot.new_figure(1, 1), tmp_path / "x.txt")
+    with pytest.raises(ValueError, match=r"x.shape=\(0, 3\); at least one sample"):
+        plot.samples_figure(torch.zeros(0, 3))
     with pytest.raises(ValueError, match=r"\(2, 5, 3, 3\)"):
         plot.as_images(torch.zeros(2, 5, 3, 3))

@@ -39,6 +39,23 @@ class TestLevels:
         assert torch.equal(((x - cells.low) / cells.width).floor().to(dtype), k)
 
     @pytest.mark.parametrize(
+        ("count", "low", "high", "dtype"),
+        [
+            *((17, -1.0, 1.0, torch.float32), (256, -1.0, 1.0, torch.float32), (4096, 0.0, 1.0, torch.float32)),
+            *((1000, -0.3, 0.1, torch.float32), (65536, -1.0, 1.0, torch.float64), (256, 1e6, 1e6 + 1, torch.float64)),
+        ],
+    )
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0 - 2.0**-24])
+    def test_no_dequantised_value_leaves_its_bin_by_rounding(self, monkeypatch, count, low, high, dtype, share):
+        cells, k = Levels(count, low, high), torch.arange(count)
+        monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, share))
+        x = cells.dequantise(k, seeded(0))
+        assert x.dtype == dtype
+        assert bool((x.double() >= cells.place(k.double(), 0.0)).all())
+        assert bool((x.double() < cells.place(k.double(), 1.0)).all())
+        torch.testing.assert_close(x.double(), cells.place(k.double(), share), rtol=2e-7, atol=1e-8)
+
+    @pytest.mark.parametrize(
         ("arguments", "error", "words"),
         [
             ((1,), ValueError, "levels=1; at least 2"),

@@ -5,6 +5,7 @@ They are read without executing anything, and written so that a reader sees the 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,8 @@ def read_array(path: Path, key: str | None = None) -> Tensor:
         ValueError: Another kind of file, no such key, or no numbers.
     """
     suffix = require_suffix(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a directory; a {suffix} file is needed: name one within it.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if suffix == ".npy" and key is not None:
@@ -73,9 +76,13 @@ def _readable(path: Path, suffix: str) -> Iterator[None]:
         yield
     except _Unfit:
         raise
-    except (SafetensorError, EOFError, OSError, ValueError, BadZipFile) as error:
+    except (SafetensorError, EOFError, OSError, ValueError, BadZipFile, MemoryError, zlib.error) as error:
+        said = f"{error}".strip().partition("\n")[0].rstrip(".")
         reason = "it is broken, or holds Python objects, which would have to be executed"
-        raise ValueError(f"{str(path)!r} cannot be read as {suffix}: {reason} ({type(error).__name__}).") from error
+        if isinstance(error, MemoryError):
+            reason = "it is broken, or larger than the memory there is"
+        why = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise ValueError(f"{str(path)!r} cannot be read as {suffix}: {reason} ({why}).") from error
 
 
 def _choose(path: Path, names: list[str], key: str | None) -> str:
@@ -144,6 +151,11 @@ def floating(x: Tensor, levels: Levels | None, seed: int) -> Tensor:
         if levels is not None:
             require_dequantized(x, levels, "the array")
         return x if x.dtype == torch.float64 else x.float()
+    if x.is_complex():
+        raise ValueError(
+            f"the array holds complex numbers ({x.dtype}); real ones are needed: pass real and imaginary "
+            "part as dimensions of their own."
+        )
     if levels is None:
         raise ValueError(f"the array holds integers ({x.dtype}), which have no density: pass --levels.")
     levels.check(x)

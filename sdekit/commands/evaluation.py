@@ -1,16 +1,14 @@
 """Log-likelihoods of a whole array: in batches, resumable, and the same numbers however it is cut.
 
-After each batch everything finished so far is written to one file beside the result, with a fingerprint of the data,
-the model and the options. A run that was interrupted goes on from there; a file with another fingerprint is refused, so
-that numbers of two runs are never mixed. The batch size is no part of the fingerprint, since no result depends on it.
+What is finished is kept in one file beside the result, and a run that was interrupted goes on from there (kept.py). The
+batch size is no part of what tells runs apart, since no result depends on it. An array may be evaluated in shards, by
+rows: every row has the probes and the condition of its place in the whole array.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,21 +17,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .._tensor import digest
 from ..captured import keep_graphs
 from ..divergence import Divergence
-from ..errors import PartialResultWarning, SdekitError, ToleranceWarning
+from ..errors import PartialResultWarning, ToleranceWarning
 from ..likelihood import log_likelihood
 from ..model.score_model import ScoreModel
 from ..runtime import Runtime
 from ..solution import LogLikelihood, Status
-from .arrays import write_arrays
-
-_FORMAT = "sdekit.evaluation/1"
+from ..units import Levels
+from .kept import Interrupted as Interrupted
+from .kept import Kept, ask, fingerprint, require_finished
 
 
 class Scores(NamedTuple):
@@ -52,11 +48,6 @@ class Scores(NamedTuple):
         """The scores of one batch, on the CPU."""
         values = [getattr(result, name) for name in cls._fields[:-1]] + [result.stats.evaluations]
         return cls(*(value.cpu() for value in values))
-
-    @classmethod
-    def join(cls, parts: list[Scores]) -> Scores:
-        """The scores of consecutive batches as one."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -78,42 +69,6 @@ class Options:
     nodes: int | None = None
 
 
-class Interrupted(SdekitError):
-    """Ctrl-C during a command; the message says what was kept."""
-
-
-def require_finished(status: Tensor) -> None:
-    """Raises Interrupted where a solve was stopped by Ctrl-C: the library returns what there is, a command ends."""
-    if bool((status == Status.INTERRUPTED).any()):
-        raise Interrupted("interrupted.")
-
-
-def fingerprint(model: ScoreModel, x: Tensor, options: Options, device: torch.device | str = "cpu") -> str:
-    """A text that differs whenever data, weights, what the network does, its meaning or the options do.
-
-    Args:
-        model: The score model, on `device`.
-        x: Data, (N, *event), N >= 1.
-        options: What the numbers depend on.
-        device: Where the model is.
-    """
-    whole = hashlib.sha256(digest(x).encode())
-    for name, value in sorted(model.net.state_dict().items()):
-        whole.update(f"{name} {digest(value)}".encode())
-    for name, value in sorted(model.bound.items()):
-        whole.update(f"{name} {digest(value) if isinstance(value, Tensor) else repr(value)}".encode())
-    # What the network does and its weights do not tell: at three times, to digits that rounding leaves alone.
-    ends = model.sde.t_min, 0.5 * (model.sde.t_min + model.sde.t_max), model.sde.t_max
-    with torch.no_grad():
-        one = model.take(torch.zeros(1, dtype=torch.int64, device=device))
-        said = [one.output(x[:1].to(device), torch.tensor([t], dtype=torch.float64, device=device)) for t in ends]
-    whole.update(" ".join(f"{value:.3g}" for out in said for value in out.double().flatten().tolist()).encode())
-    facts = (type(model.net).__name__, model.sde, model.parameterization, model.data_std, options)
-    # The address in the repr of a function differs from process to process.
-    whole.update(re.sub(r" at 0x[0-9a-f]+", "", repr(facts)).encode())
-    return whole.hexdigest()
-
-
 def evaluate(
     model: ScoreModel,
     x: Tensor,
@@ -124,6 +79,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: bool = True,
     runtime: Runtime = "auto",
+    first: int = 0,
+    total: int | None = None,
 ) -> Scores:
     """The scores of every sample of `x`, in batches.
 
@@ -132,10 +89,12 @@ def evaluate(
         x: Data, (N, *event), floating, on the CPU.
         options: What the numbers depend on.
         batch_size: Samples in a batch; changes cost only.
-        partial: Where to keep what is finished; resumed from if it exists, removed by `discard` when done with it.
+        partial: Where to keep what is finished; resumed from if it exists, left there at the end.
         device: Where batches are evaluated.
         progress: Show a progress bar.
         runtime: How a step runs; changes cost only, and rounding.
+        first: The place of x[0] in the whole array, of which `x` is a shard: keys probes and conditions.
+        total: Samples of the whole array, of which the model has conditions; default: `x` ends it.
 
     Raises:
         ValueError: `partial` is of other data, another model or other options; a condition of other samples.
@@ -144,39 +103,29 @@ def evaluate(
     """
     if x.shape[0] == 0:
         raise ValueError(f"x.shape={tuple(x.shape)}; at least one sample is needed.")
-    model.check_batch(x.shape[0])
-    mark = fingerprint(model, x, options, device)
-    parts = [] if partial is None else _resume(partial, mark)
-    done = sum(part.log_prob.shape[0] for part in parts)
-    bar = tqdm(total=x.shape[0], initial=done, disable=not progress, desc="log p", unit="sample")
-    try:
-        with bar, only_the_summary_warns(), keep_graphs():
-            while done < x.shape[0]:
-                rows = torch.arange(done, min(done + batch_size, x.shape[0]))
-                batch = model.take(rows.to(device)) if model.bound else model
-                result = log_likelihood(
-                    batch,
-                    x[rows].to(device),
-                    tolerance=options.tolerance,
-                    nodes=options.nodes,
-                    divergence=options.divergence,
-                    seed=options.seed,
-                    indices=rows.to(device),
-                    max_evaluations=options.max_evaluations,
-                    throw=False,
-                    runtime=runtime,
-                )
-                require_finished(result.status)
-                parts.append(Scores.of(result))
-                done += rows.shape[0]
-                if partial is not None:
-                    parts = [Scores.join(parts)]
-                    write_arrays(partial, parts[0]._asdict(), {"format": _FORMAT, "fingerprint": mark})
-                bar.update(rows.shape[0])
-    except (KeyboardInterrupt, Interrupted) as stop:
-        kept = "nothing was kept" if partial is None or not done else f"{done} are kept in {str(partial)!r}"
-        raise Interrupted(f"interrupted after {done} of {x.shape[0]} samples; {kept}.") from stop
-    return Scores.join(parts)
+    model.check_batch(first + x.shape[0] if total is None else total)
+    places = torch.arange(first, first + x.shape[0], device=device)
+    kept = Kept(partial, fingerprint(model, (options, first), x), ask(model, x, places))
+    bar = tqdm(total=x.shape[0], initial=kept.done, disable=not progress, desc="log p", unit="sample")
+    with kept.until_done(x.shape[0]), bar, only_the_summary_warns(), keep_graphs():
+        while kept.done < x.shape[0]:
+            rows = slice(kept.done, min(kept.done + batch_size, x.shape[0]))
+            result = log_likelihood(
+                model.take(places[rows]),
+                x[rows].to(device),
+                tolerance=options.tolerance,
+                nodes=options.nodes,
+                divergence=options.divergence,
+                seed=options.seed,
+                indices=places[rows],
+                max_evaluations=options.max_evaluations,
+                throw=False,
+                runtime=runtime,
+            )
+            require_finished(result.status)
+            kept.add(Scores.of(result)._asdict())
+            bar.update(rows.stop - rows.start)
+    return Scores(**kept.joined())
 
 
 @contextmanager
@@ -186,24 +135,6 @@ def only_the_summary_warns() -> Iterator[None]:
         warnings.simplefilter("ignore", ToleranceWarning)
         warnings.simplefilter("ignore", PartialResultWarning)
         yield
-
-
-def _resume(partial: Path, mark: str) -> list[Scores]:
-    """The scores kept in `partial`, as a list of one; the empty list where there is no such file."""
-    if not partial.exists():
-        return []
-    try:
-        with safe_open(str(partial), framework="pt") as file:
-            metadata = file.metadata() or {}
-            kept = Scores(*(file.get_tensor(name) for name in Scores._fields))
-    except SafetensorError as error:
-        raise ValueError(f"{str(partial)!r} cannot be resumed from: {error}. Remove it to start anew.") from error
-    if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != mark:
-        raise ValueError(
-            f"{str(partial)!r} was left by a run with other data, another model or other options. "
-            "Repeat that run to finish it, or remove the file to start anew."
-        )
-    return [kept]
 
 
 class Summary(NamedTuple):
@@ -253,3 +184,25 @@ def summarise(scores: Scores | LogLikelihood) -> Summary:
         solver=float(scores.solver_error[good].mean()) if count else math.nan,
         evaluations=float(cost.double().mean()) if count else math.nan,
     )
+
+
+def table(summary: Summary, size: int, levels: Levels | None) -> list[str]:
+    """What `sdekit likelihood` prints of a summary, line by line, for samples of `size` dimensions."""
+    if not summary.arrived:
+        return [f"samples    none of {summary.samples} arrived: there is nothing to take the mean of"]
+    lines = [
+        f"samples    {summary.arrived} of {summary.samples} arrived ({summary.loose} above the tolerance), "
+        f"{summary.evaluations:.1f} network evaluations each",
+        f"log p      {summary.mean:.4f} nats   +- {summary.spread:.2g} over samples   +- {summary.trace:.2g} trace   "
+        f"<= {summary.solver:.2g} solver",
+    ]
+    if levels is None:
+        return [*lines, "bits/dim   depend on the width of a level: pass --levels, --low, --high"]
+    scale = 1.0 / (size * math.log(2.0))
+    offset = -math.log2(levels.width)
+    return [
+        *lines,
+        f"bits/dim   {offset - summary.mean * scale:.4f}   +- {summary.spread * scale:.2g} over samples   "
+        f"+- {summary.trace * scale:.2g} trace   <= {summary.solver * scale:.2g} solver",
+        f"           {levels.count} levels on [{levels.low:g}, {levels.high:g}]: offset {offset:.4f}",
+    ]

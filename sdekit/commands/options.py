@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,7 +13,7 @@ import torch
 
 from ..errors import SdekitError
 from ..runtime import Runtime
-from .evaluation import Interrupted
+from .kept import Interrupted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,7 +40,7 @@ def one_line_errors(command: Command) -> Command:
         except (SdekitError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
             if click.get_current_context().find_root().params.get("traceback"):
                 raise
-            message = f"{error}"
+            message = f"{error}".strip().partition("\n")[0]  # torch adds whole tables of what it can do
             if isinstance(error, ModuleNotFoundError):
                 message += '; pip install "sdekit[demo]" brings what the commands need.'
             kind = Stopped if isinstance(error, Interrupted) else click.ClickException
@@ -61,10 +62,53 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def require_free(path: Path, overwrite: bool) -> None:
-    """Raises unless `path` may be written."""
+def require_free(path: Path, overwrite: bool, kept: Path | None = None) -> None:
+    """Raises unless `path` may be written; the message says that what was computed is in `kept`."""
     if path.exists() and not overwrite:
-        raise click.ClickException(f"{str(path)!r} exists; name another file, or pass --overwrite.")
+        rest = "" if kept is None else f"; what was computed is kept in {str(kept)!r}"
+        raise click.ClickException(f"{str(path)!r} exists; name another file, or pass --overwrite{rest}.")
+
+
+def require_place(path: Path, overwrite: bool) -> None:
+    """Raises unless `path` may be written and can be: before the work, not after it. Makes its directory."""
+    require_free(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise click.ClickException(
+            f"{str(path)!r} cannot be written: {str(path.parent)!r} is not a directory that can be written to "
+            f"({reason}); name a file elsewhere."
+        ) from error
+
+
+def refuse_given(names: set[str], reason: str) -> None:
+    """Raises where options of the current command whose parameters have these names were given."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names
+        and context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.ClickException(f"{', '.join(given)}: {reason}")
+
+
+def rows_of(count: int, first: int | None, number: int | None) -> slice:
+    """The rows of a shard of an array of `count` rows.
+
+    Raises:
+        click.ClickException: The array does not have all of them.
+    """
+    start = first or 0
+    stop = count if number is None else start + number
+    if not start < stop <= count:
+        asked = f"--first {start}" + ("" if number is None else f" --count {number}")
+        raise click.ClickException(f"{asked}: the array has the rows 0 to {count - 1} only.")
+    return slice(start, stop)
 
 
 def _event(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -81,6 +125,7 @@ def _event(context: click.Context, parameter: click.Parameter, text: str | None)
 
 key = click.option("--key", help="Name of the array in a .npz or .safetensors file that holds several.")
 seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is random.")
+first = click.option("--first", type=click.IntRange(0), help="Number of the first sample: for shards.  [default: 0]")
 batch = click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Samples at a time.")
 device = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
 runtime = click.option(

@@ -70,10 +70,10 @@ def train_array(
     """
     if levels is not None:
         levels.check(x)
-    elif not x.is_floating_point() or not bool(x.isfinite().all()):
-        raise ValueError(
-            f"the array holds {x.dtype}, or numbers that are not finite; finite floating numbers are needed."
-        )
+    elif not x.is_floating_point():
+        raise ValueError(f"the array holds {x.dtype}; floating numbers are needed, or for integers --levels.")
+    elif not bool(x.isfinite().all()):
+        raise ValueError("the array holds numbers that are not finite: leave out the rows that do.")
     if x.dim() < 2 or x.shape[0] < 2:
         raise ValueError(f"x.shape={tuple(x.shape)}; at least two samples of shape (N, *event) are needed.")
     seen = x.float() if levels is None else levels.dequantise(x, torch.Generator().manual_seed(recipe.seed))
