@@ -5,6 +5,9 @@
     low precision   bfloat16 and float16 inside of the network, against the float64 network's truth (U-Net: float32's)
     no gradient     a learned noise plus s A x, A antisymmetric: the flow turns, and its field is no longer minus the
                     gradient of anything, so the control's gradient is not that of the flow's own density
+    between         samples between two that tight, far components generate: their paths run along separatrices
+    guidance        classifier-free guidance of exact scores, whose field is the gradient of nothing where w is not 1
+    says nothing    a network whose answer is 0, as before its first step of training: the score tells no sensitivity
     high dimension  D = 12,288: a mixture with exact scores, in float64 and float32
     fresh probes    the control that the default has on images (norms of error and gradient), its value taken from a
                     probe that stays the same, so that the equation and its truth are those of one fixed probe
@@ -152,11 +155,77 @@ def off_data(quick: bool, seed: int) -> Iterator[Case]:
     images = digits(2 if quick else 6, seed)
     for name, rows in strange(images.x, seed).items():
         yield Case(f"digits: {name}", images.model, rows, FIXED)
+
+
+def off_data_unet(quick: bool, seed: int) -> Iterator[Case]:
+    """The same of the U-Net."""
     model = unet(quick)
     for name, rows in strange(held_out(1 if quick else 2, seed).float(), seed).items():
         if name == "data x10":
             continue  # dear
         yield Case(f"U-Net, VP: {name}", model, rows, FIXED, itself=True)
+
+
+def between(quick: bool, seed: int) -> Iterator[Case]:
+    """Points between two samples, of mixtures with exact scores."""
+    generator = torch.Generator().manual_seed(605 + seed)
+    count = 12 if quick else 60
+    pair = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    means = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+    for name, centers, std in (("2 components, 2-D", pair, 0.1), ("8 components, 16-D", means, 0.15)):
+        target = GaussianMixture(torch.ones(len(centers)), centers, torch.full((len(centers),), std))
+        ends = target.sample(2 * count, generator=generator).reshape(2, count, -1)
+        share = 0.3 + 0.4 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+        yield Case(name, target.score_model(sdekit.VPSDE()), torch.lerp(ends[0], ends[1], share), sdekit.Exact())
+    near = 10.0 ** torch.linspace(-6.0, -1.0, count // 2, dtype=torch.float64)[:, None]
+    turn = torch.randn(count // 2, 2, generator=generator, dtype=torch.float64)
+    target = GaussianMixture(torch.ones(2), pair, torch.full((2,), 0.1))
+    x = near * turn / turn.norm(dim=1, keepdim=True)
+    yield Case("1e-6 to 0.1 from their middle", target.score_model(sdekit.VPSDE()), x, sdekit.Exact())
+
+
+def guidance(quick: bool, seed: int) -> Iterator[Case]:
+    """A guided mixture: from six components to two of them, at samples of these."""
+    generator = torch.Generator().manual_seed(606 + seed)
+    means = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    whole, part = (GaussianMixture(torch.ones(k), means[:k], torch.full((k,), 0.2)) for k in (6, 2))
+    x = part.sample(16 if quick else 64, generator=generator)
+    for scale in (1.5, 3.0, 7.5):
+        models = [law.score_model(sdekit.VPSDE()) for law in (part, whole)]
+        model = sdekit.guided(models[0], models[1], scale)
+        known = Known(model.net, torch.cat((means.flatten(), torch.tensor([scale]))))
+        yield Case(f"w = {scale:g}", with_net(model, known), x, sdekit.Exact())
+
+
+class Known(nn.Module):
+    """A network without weights, with the numbers `facts` that its reference solutions are kept under."""
+
+    facts: Tensor
+
+    def __init__(self, net: nn.Module, facts: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("facts", facts)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        out: Tensor = self.net(x, label)
+        return out
+
+
+class Silent(nn.Module):
+    """A network that answers 0."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return 0.0 * x
+
+
+def says_nothing(quick: bool, seed: int) -> Iterator[Case]:
+    """Noise networks that answer 0."""
+    for dim in (2, 64):
+        x = torch.randn(8 if quick else 32, dim, generator=torch.Generator().manual_seed(607 + seed)).double()
+        for sde in (sdekit.VPSDE(), sdekit.RectifiedFlow()):
+            model = sdekit.ScoreModel(Known(Silent(), torch.zeros(1)).eval(), sde, data_std=1.0)
+            yield Case(f"{type(sde).__name__}, {dim}-D", model, x, sdekit.Exact())
 
 
 def other_times(quick: bool, seed: int) -> Iterator[Case]:
@@ -278,6 +347,10 @@ def beyond(found: sdekit.LogLikelihood, error: Tensor, tolerance: float) -> list
 GROUPS: dict[str, Callable[[bool, int], Iterator[Case]]] = {
     "high dimension": high_dimension,
     "off the data": off_data,
+    "U-Net: off the data": off_data_unet,
+    "between": between,
+    "guidance": guidance,
+    "says nothing": says_nothing,
     "fresh probes' control": fresh_probes,
     "other times": other_times,
     "no gradient": no_gradient,
