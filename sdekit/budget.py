@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_TRUNCATION, _TERMINAL = "truncation at t_min", "terminal law"
+_ENDS_COUNT = 1.25
+
 
 class Line(NamedTuple):
     """One cause of error.
@@ -67,23 +70,32 @@ class Budget(NamedTuple):
     quantile: float = 1.96
 
     def total(self) -> Tensor:
-        """(B,) float64 nats: all lines added, the standard error `quantile` times.
+        """(B,) float64 nats: all lines added, the standard error `quantile` times, the two ends 1.25 times.
 
-        Causes seldom all add up, so it is conservative; but where one end is nearly all of it, it is that estimate,
-        and may be some percent too small.
+        Causes seldom all add up, so it is conservative; but an end's line is an estimate of what is missing, as often
+        below as above it, and a good one only where it is small: a quarter more is for where it is nearly all there is.
         """
-        parts = [
-            (self.quantile if line.kind == "standard error" else 1.0) * line.nats
-            for line in self.lines
-            if line.nats is not None
-        ]
+        parts = [self._times(line) * line.nats for line in self.lines if line.nats is not None]
         return torch.stack(parts).sum(0)
+
+    def _times(self, line: Line) -> float:
+        """How often a line counts."""
+        if line.kind == "standard error":
+            return self.quantile
+        return _ENDS_COUNT if line.name in (_TRUNCATION, _TERMINAL) else 1.0
 
     def __str__(self) -> str:
         rows = [("error, nats", "median", "largest", "what it is", "made smaller by")]
         for line in self.lines:
             rows.append((line.name, *_sizes(line.nats), f"{line.kind}: {line.source}", line.remedy))
-        rows.append(("all together", *_sizes(self.total()), f"sum, the standard error {self.quantile:.3g} times", ""))
+        rows.append(
+            (
+                "all together",
+                *_sizes(self.total()),
+                f"sum, the standard error {self.quantile:.3g} times, ends {_ENDS_COUNT:g} times",
+                "",
+            )
+        )
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         made = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join((made[0], "  ".join("-" * width for width in widths), *made[1:]))
@@ -116,8 +128,8 @@ def budget_of(
         quantile: How many standard errors a 95% interval of the trace reaches.
     """
     asked = ("not estimated", "pass budget=True")
-    left = Line("truncation at t_min", None, *asked, 'end="extrapolate"')
-    right = Line("terminal law", None, *asked, "data_moments=")
+    left = Line(_TRUNCATION, None, *asked, 'end="extrapolate"')
+    right = Line(_TERMINAL, None, *asked, "data_moments=")
     if ends is not None:
         how, remedy = _AT_END[ends.end]
         left = Line(left.name, ends.truncation.abs() + 1.96 * ends.spread, "estimate", how, remedy)
