@@ -18,6 +18,7 @@ from .divergence import Divergence, Hutchinson, default_divergence
 from .errors import SdekitWarning, ToleranceWarning
 from .grid import mixed_time
 from .loop import Carry
+from .model.guidance import strength
 from .model.score_model import ScoreModel
 from .solution import Status
 from .solver.adams import Adams
@@ -25,6 +26,7 @@ from .solver.base import Solver
 
 _CONTROLLED = Adams(7, adaptive=True)
 _FRESH = Adams(5, adaptive=True)  # longer formulas weigh neighbouring nodes unevenly, and their probes' noise with them
+_STRONG = 2.0  # guidance beyond it is warned of: all errors are covered at 1.5, six in ten at 3 (docs/guides/limits.md)
 _ON_A_GRID = Adams(4)  # more nodes in the formula amplify what the grid misses
 
 
@@ -77,6 +79,14 @@ def choose_method(
             "use the default solver, or Hutchinson(..., fresh=False)."
         )
     _warn_few_signs(divergence, x.shape[1:].numel())
+    if isinstance(judge, Nats) and not -1.0 <= strength(model) <= _STRONG:
+        warnings.warn(
+            f"the model is guided by w={strength(model):g}: such a field is the gradient of no log density, and "
+            "solver_error, which takes it for one, may be far too small, unmarked. Solve again with a tenth of the "
+            "tolerance: the two differ by about what the first is off.",
+            SdekitWarning,
+            stacklevel=3,
+        )
     return Method(divergence, chosen_solver, judge, judge.tolerance if isinstance(judge, Nats) else None)
 
 

@@ -392,8 +392,8 @@ def test_images_train_a_unet(place):
 @pytest.mark.parametrize(
     ("array", "extra", "message"),
     [
-        (np.arange(6).reshape(3, 2), [], "finite floating numbers"),
-        (np.full((3, 2), np.nan), [], "finite floating numbers"),
+        (np.arange(6).reshape(3, 2), [], "for integers --levels"),
+        (np.full((3, 2), np.nan), [], "numbers that are not finite"),
         (np.ones((3, 2)), [], "nothing to learn"),
         (np.ones((1, 2)), [], "at least two samples"),
         (np.eye(3), ["--net", "unet"], "images (C, H, W)"),

@@ -53,6 +53,7 @@ def test_of_the_shipped_network_too():
     torch.testing.assert_close(out.bits_per_dim(17), -out.log_prob / (64 * math.log(2)) - math.log2(2 / 17))
 
 
+@pytest.mark.filterwarnings("ignore::sdekit.ToleranceWarning")  # its score says little of where the prior pulls
 def test_of_a_random_smooth_network_too():
     model = sdekit.ScoreModel(perceptron(5, 3), VP)
     out = sample_log_prob(model, (8, 5), tolerance=3e-2, dtype=torch.float64)

@@ -8,7 +8,9 @@ extrapolating all. w = 1 is the conditional model (of an exact classifier: the p
 
 The result is a ScoreModel, so whatever takes one takes it. Its log density is that of the guided field's own flow. It
 is *not* that of a product p(x) p(y|x)^w: noising does not commute with the product, so the guided field is the score
-of that product's diffusion only for w = 0 and w = 1, and for learned or guided fields of no diffusion at all.
+of that product's diffusion only for w = 0 and w = 1, and for learned or guided fields of no diffusion at all. Nor is it
+the gradient of its own flow's log density, which the control of a likelihood takes it for: at w above 2 its estimate is
+too small for a part of the samples, and `log_likelihood` warns.
 """
 
 from __future__ import annotations
@@ -93,6 +95,14 @@ def guided(conditional: ScoreModel, unconditional: ScoreModel, scale: Scale) -> 
     bound = _joined(conditional.bound, unconditional.bound, _OTHER)
     net = _ClassifierFree(_plain(conditional), _plain(unconditional), scale)
     return ScoreModel(net, conditional.sde, conditional.parameterization, conditional.data_std, bound)
+
+
+def strength(model: ScoreModel) -> float:
+    """The scale w of a classifier-free guided model, where it is a number or an interval's; 1 for any other model."""
+    scale = model.net.scale if isinstance(model.net, _ClassifierFree) else 1.0
+    if isinstance(scale, GuidanceInterval):
+        return scale.scale
+    return 1.0 if callable(scale) else scale
 
 
 def classifier_guided(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers import PARAMETERIZATIONS, SDES, Function, draw, gaussian, mixture, perceptron, seeded, spread_times, times
@@ -76,6 +78,7 @@ class TestTheFieldInClosedForm:
         size = sde.sigma(t)[:, None]  # in the noise's own units, where every schedule is of order 1
         torch.testing.assert_close(model.score(x, t) * size, wanted * size, rtol=1e-9, atol=1e-7)
 
+    @pytest.mark.filterwarnings("ignore:the model is guided")
     @pytest.mark.parametrize("scale", [2.5])
     @pytest.mark.parametrize("sde", [VP, sdekit.VESDE()], ids=["vp", "ve"])
     def test_the_log_determinant_is_that_of_the_linear_field(self, sde, scale):
@@ -102,6 +105,16 @@ class TestTheFieldInClosedForm:
         product = targets.Gaussian(mean / precision, 1.0 / precision)
         out = sdekit.log_likelihood(guided(ONE.score_model(VP), TWO.score_model(VP), w), x, nodes=24)
         assert (out.log_prob - product.log_prob(x)).abs().max() > 0.5
+
+    @pytest.mark.parametrize("scale", [1.5, 2.0, 2.5, -1.5, GuidanceInterval(7.5, -1.0, 2.0), lambda level: level])
+    def test_strong_guidance_is_warned_of_where_errors_are_estimated_by_the_score(self, scale):
+        strong = scale in (2.5, -1.5) or isinstance(scale, GuidanceInterval)
+        model, x = guided(ONE.score_model(VP), TWO.score_model(VP), scale), draw(3, 2, 3)
+        for options, warned in (({"tolerance": 0.5}, strong), ({"nodes": 8}, False)):
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                sdekit.log_likelihood(model, x, throw=False, **options)
+            assert any("solve again with a tenth" in str(said.message).lower() for said in heard) == warned
 
     def test_the_interval_guides_inside_and_leaves_the_conditional_model_outside(self):
         scale = GuidanceInterval(3.0, -1.0, 2.0, width=0.05)
