@@ -45,7 +45,7 @@ _KEPT = 0.8  # of a running mean, at each step
 _MOST = 3.0  # of one step's log ratio
 _ROUNDING = 1e-12  # what a term costs that is nothing but rounding, which depends on the size of the batch
 _LONGER = -1.0  # the formula grows where the next term is smaller than its last by e^-1, and shrinks where it grows
-_UNSEEN, _SHORT = 0.3, 3  # where formulas are so short, such a share of what the corrector changed is an error too
+_UNSEEN, _SHORT = 0.2, 3  # where formulas are so short, such a share of what the corrector changed is an error too
 _ANEW = -2.0  # where the mean that may shorten it begins, after every change
 
 
