@@ -45,9 +45,10 @@ def assembled() -> str:
     """The markdown of all results that there are, one heading a benchmark."""
     parts = []
     for name in ORDER:
-        path = RESULTS / f"{name}.md"
-        if path.exists():
-            parts.append(f"## {name}\n\n{path.read_text().strip()}")
+        alone = [path for path in sorted(RESULTS.glob(f"{name}_*.md")) if path.stem not in ORDER]  # of one group
+        for path in (RESULTS / f"{name}.md", *alone):
+            if path.exists():
+                parts.append(f"## {path.stem}\n\n{path.read_text().strip()}")
     return "\n\n".join(parts)
 
 
