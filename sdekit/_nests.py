@@ -49,7 +49,7 @@ _NEEDED = "tensors with an entry a sample are needed, in tuples, named tuples or
 
 
 def require_rows(found: Any, count: int) -> None:
-    """Raises unless a result holds tensors with an entry for each of `count` samples, and values that can be compared."""
+    """Raises unless a result holds nothing but tensors of `count` entries and values that can be compared."""
     for name, value in _leaves(found):
         if isinstance(value, (list, set, frozenset, np.ndarray)) or _holds_tensors(value):
             raise TypeError(f"function returned {name or 'a value'} of type {type(value).__name__}; {_NEEDED}.")
