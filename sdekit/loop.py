@@ -75,8 +75,9 @@ def begin(problem: Problem, s0: Tensor, z0: Any) -> Carry:
     none = torch.zeros_like(status)
     memory = problem.solver.init(problem.term, z0)
     control = problem.controller.start(problem.term, s0, problem.s_end)
-    still = torch.zeros_like(batch_of(z0))
-    stray = Stray(still, still) if problem.term.has_density and isinstance(problem.controller, Nats) else None
+    stray = None
+    if problem.term.has_density and isinstance(problem.controller, Nats):
+        stray = Stray(torch.zeros_like(batch_of(z0)), torch.zeros_like(batch_of(z0)))
     return Carry(s0, z0, memory, control, status, none, none, none, stray)
 
 
