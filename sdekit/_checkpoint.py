@@ -15,11 +15,10 @@ from numbers import Real
 from pathlib import Path
 from typing import TypeAlias
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ._replace import replace_file
+from ._replace import read_tensors, write_tensors
 from .errors import SdekitWarning
 
 _FORMAT = "sdekit.training/1"
@@ -73,8 +72,7 @@ class Checkpoint:
             OSError: It cannot be written.
         """
         metadata = {"format": _FORMAT, "facts": json.dumps(self.facts), "step": str(step)}
-        stored = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata)
-        replace_file(self.path, lambda part: part.write_bytes(stored))
+        write_tensors(self.path, tensors, metadata)
 
     def try_to_write(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Writes it or, the first time that it cannot be, warns."""
@@ -96,9 +94,7 @@ class Checkpoint:
             ValueError: It is no checkpoint, damaged, or one of other facts.
         """
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, metadata = read_tensors(self.path)
         except SafetensorError as error:
             raise ValueError(f"{str(self.path)!r} is not a safetensors file: {error}. {_ANEW}") from error
         if metadata.get("format") != _FORMAT:

@@ -1,12 +1,17 @@
-"""Files that a reader finds whole: the old one or the new one, never half."""
+"""Files that a reader finds whole: the old one or the new one, never half; tensors in them."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,3 +38,26 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors and texts to a safetensors file, replacing it in one move.
+
+    Raises:
+        OSError: It cannot be written; an old one is still there.
+    """
+    # Not save_file: that leaves a file only its owner may read.
+    stored = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata)
+    replace_file(path, lambda part: part.write_bytes(stored))
+
+
+def read_tensors(path: Any, device: Any = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and texts of a safetensors file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SafetensorError: It is no such file, or damaged.
+    """
+    with safe_open(str(path), framework="pt", device=str(device)) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, file.metadata() or {}

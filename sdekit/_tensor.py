@@ -49,6 +49,7 @@ def rebuilt(tree: Tree, parts: Sequence[Tensor]) -> Tree:
     return tree_map(lambda leaf: next(following), tree)
 
 
+HALF = (torch.float16, torch.bfloat16)
 _constants: dict[tuple[Any, ...], Tensor] = {}
 _copies: Any = WeakTensorKeyDictionary()
 
@@ -213,7 +214,7 @@ def widened(x: Tensor) -> Tensor:
     """
     with torch.inference_mode(False):
         plain = x.clone() if x.is_inference() else x
-    return plain.float() if plain.dtype in (torch.float16, torch.bfloat16) else plain
+    return plain.float() if plain.dtype in HALF else plain
 
 
 def working(x: Tensor) -> Tensor:

@@ -187,8 +187,10 @@ def _result(
     carry = outcome.carry
     state: FlowState = carry.z
     log_prior, log_det, latent, last = density(term, state, start, carry.s, data_moments, transform)
-    pull = flatten(_law(term.model.sde, data_moments, latent)[0])
-    pull = pull * column(torch.exp(term.log_scale(last)), pull)
+    pull = None
+    if carry.stray is not None:
+        pull = flatten(_score_of_law(term.model.sde, data_moments, latent))
+        pull = pull * column(torch.exp(term.log_scale(last)), pull)
     log_det = log_det + entry.log_det
     variance = probe_variance(term, method.solver, carry.memory, state) + entry.variance
     solver_error, rounding, status, arrived = judged(method, carry, pull)
@@ -215,12 +217,17 @@ def _result(
     )
 
 
+def _score_of_law(sde: SDE, data_moments: Gaussian | None, x: Tensor) -> Tensor:
+    """The terminal law's score, the shape of `x` (B, ...)."""
+    return -x / sde.prior_std**2 if data_moments is None else data_moments.score(sde, x, sde.t_max)
+
+
 def _law(sde: SDE, data_moments: Gaussian | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """The terminal law's score, the shape of `x` (B, ...), and its divergence (B,)."""
+    score = _score_of_law(sde, data_moments, x)
     if data_moments is not None:
-        return data_moments.score(sde, x, sde.t_max), data_moments.divergence(sde, x, sde.t_max)
-    variance = sde.prior_std**2
-    return -x / variance, x.new_full((x.shape[0],), -x[:1].numel() / variance, dtype=torch.float64)
+        return score, data_moments.divergence(sde, x, sde.t_max)
+    return score, x.new_full((x.shape[0],), -x[:1].numel() / sde.prior_std**2, dtype=torch.float64)
 
 
 def _with_ends(

@@ -16,7 +16,7 @@ from ..runtime import Runtime
 from ..sampling import sample
 from ..solver.base import Solver
 from .evaluation import only_the_summary_warns
-from .kept import Kept, ask, fingerprint, require_finished
+from .kept import Kept, require_finished
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def draw(
         _require_conditions(model, first + drawing.count)
     numbers = torch.arange(first, first + drawing.count, device=device)
     few = torch.zeros(drawing.count, device=device)[:, *[None] * len(drawing.event)].expand(-1, *drawing.event)
-    kept = Kept(partial, fingerprint(model, (drawing, few.dtype)), ask(model, few, numbers))
+    kept = Kept.of(partial, model, (drawing, few.dtype), few, numbers)
     with kept.until_done(drawing.count), only_the_summary_warns():
         while kept.done < drawing.count:
             rows = numbers[kept.done : kept.done + batch_size]

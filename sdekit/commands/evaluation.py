@@ -28,8 +28,7 @@ from ..model.score_model import ScoreModel
 from ..runtime import Runtime
 from ..solution import LogLikelihood, Status
 from ..units import Levels
-from .kept import Interrupted as Interrupted
-from .kept import Kept, ask, fingerprint, require_finished
+from .kept import Kept, require_finished
 
 
 class Scores(NamedTuple):
@@ -105,7 +104,7 @@ def evaluate(
         raise ValueError(f"x.shape={tuple(x.shape)}; at least one sample is needed.")
     model.check_batch(first + x.shape[0] if total is None else total)
     places = torch.arange(first, first + x.shape[0], device=device)
-    kept = Kept(partial, fingerprint(model, (options, first), x), ask(model, x, places))
+    kept = Kept.of(partial, model, (options, first), x, places, data=x)
     bar = tqdm(total=x.shape[0], initial=kept.done, disable=not progress, desc="log p", unit="sample")
     with kept.until_done(x.shape[0]), bar, only_the_summary_warns(), keep_graphs():
         while kept.done < x.shape[0]:

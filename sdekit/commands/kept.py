@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,7 +134,7 @@ class Kept:
     """The finished batches of a run and the file they are kept in.
 
     Args:
-        path: The file; None: none is kept.
+        path: The file; None: none is kept, and what tells runs apart may be empty.
         mark: The fingerprint of the run.
         answers: The network's.
 
@@ -148,13 +148,29 @@ class Kept:
         self.saved = 0
         self._next = 0.0  # when to write again
         if path is not None and path.exists():
-            found = self._read(path)
-            if found is None:
-                raise ValueError(
-                    f"{str(path)!r} was left by a run with other data, another model or other options. "
-                    "Repeat that run to finish it, or remove the file to start anew."
-                )
+            with _opened(path) as file:
+                if not self._mine(file):
+                    raise ValueError(
+                        f"{str(path)!r} was left by a run with other data, another model or other options. "
+                        "Repeat that run to finish it, or remove the file to start anew."
+                    )
+                found = {name: file.get_tensor(name) for name in file.keys() if name != _ANSWERS}  # noqa: SIM118
             self.parts, self.saved = [found], _rows(found)
+
+    @classmethod
+    def of(
+        cls,
+        path: Path | None,
+        model: ScoreModel,
+        options: object,
+        states: Tensor,
+        rows: Tensor,
+        data: Tensor | None = None,
+    ) -> Kept:
+        """What is finished of a run: `fingerprint` and `ask` say of which, where there is a file."""
+        if path is None:
+            return cls(None, "", Answers(torch.zeros(0), 0.0))
+        return cls(path, fingerprint(model, options, data), ask(model, states, rows))
 
     @property
     def done(self) -> int:
@@ -182,7 +198,7 @@ class Kept:
         if self.path is None or self.done == self.saved:
             return
         began = time.monotonic()
-        if self.path.exists() and self._read(self.path) is None:
+        if self.path.exists() and not self._is_mine(self.path):
             raise ValueError(
                 f"another run writes to {str(self.path)!r} too: it is left as it is, with what that run finished, and "
                 f"what this one did since then is lost. Name another --out."
@@ -219,17 +235,26 @@ class Kept:
         kept = f"{self.saved} are kept in {str(self.path)!r}" if self.saved else "nothing was kept"
         return kept + trouble.rstrip(".")
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
-        """What is in the file; None if it is of another run."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if any(metadata.get(name) != text for name, text in _metadata(self.mark).items()):
-                    return None
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} cannot be resumed from: {error}. Remove it to start anew.") from error
-        return found if self.answers.same(found.pop(_ANSWERS)) else None
+    def _is_mine(self, path: Path) -> bool:
+        """Whether a file is of this run; what was finished is not read."""
+        with _opened(path) as file:
+            return self._mine(file)
+
+    def _mine(self, file: Any) -> bool:
+        """Whether an open file is of this run."""
+        metadata = file.metadata() or {}
+        alike = all(metadata.get(name) == text for name, text in _metadata(self.mark).items())
+        return alike and self.answers.same(file.get_tensor(_ANSWERS))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, open to be read; what is wrong with it is said with its name."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} cannot be resumed from: {error}. Remove it to start anew.") from error
 
 
 def partial_of(out: Path) -> Path:

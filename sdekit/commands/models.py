@@ -17,11 +17,10 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from .._checks import require_count
-from .._replace import replace_file
+from .._replace import read_tensors, replace_file, write_tensors
 from ..model.nets import MLP, UNet
 from ..model.score_model import ScoreModel
 
@@ -84,10 +83,8 @@ def save_trained(path: Path, model: ScoreModel, architecture: Architecture) -> N
 
     def write(part: Path) -> None:
         model.save(part)
-        with safe_open(str(part), framework="pt") as file:
-            metadata = {**file.metadata(), "architecture": json.dumps(asdict(architecture))}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        part.write_bytes(save(tensors, metadata=metadata))
+        tensors, metadata = read_tensors(part)
+        write_tensors(part, tensors, {**metadata, "architecture": json.dumps(asdict(architecture))})
 
     replace_file(path, write)
 

@@ -17,7 +17,7 @@ from ..model.score_model import ScoreModel
 from ..sde.vp import VPSDE
 from ..training import Batch, Batches, Recipe, train
 from ..units import Levels
-from .evaluation import Interrupted
+from .kept import Interrupted
 from .models import Architecture
 
 _PERIOD = 4.0  # of the time features: EDM's label log(sigma/alpha)/4 spans 2.8 on the linear VP process

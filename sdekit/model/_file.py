@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .._checks import require_positive
-from .._replace import replace_file
+from .._replace import read_tensors, write_tensors
 from ..sde import VESDE, VPSDE, CosineVPSDE, KarrasSDE, RectifiedFlow, SubVPSDE, TableVPSDE
 from ..sde.base import SDE
 from .parameterization import (
@@ -116,10 +115,7 @@ def write_model(path: Any, weights: Mapping[str, Tensor], facts: Mapping[str, An
                 f"the network's state {name!r} is a {type(value).__name__}, and a file of weights holds tensors only: "
                 "save net.state_dict() yourself and build the ScoreModel in code."
             )
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    # Not save_file: that leaves a file only its owner may read.
-    stored = save(tensors, metadata={"format": _FORMAT, "model": text})
-    replace_file(Path(path), lambda part: part.write_bytes(stored))
+    write_tensors(Path(path), weights, {"format": _FORMAT, "model": text})
 
 
 def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,9 +126,7 @@ def read_model(path: Any, device: torch.device | str) -> tuple[dict[str, Tensor]
         ValueError: It is another kind of file, or damaged.
     """
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, metadata = read_tensors(path, device)
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a safetensors file: {error}.") from error
     if metadata.get("format") != _FORMAT:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._tensor import HALF
 from ..errors import NetworkError
 from ._labels import label_dtype
 
-HALF = (torch.float16, torch.bfloat16)
 WRITES = (
     "the network writes into its input, label or condition, and did not in its first calls, so what it was given is "
     "lost: have it work on a copy (x = x.clone()), or out of place."
