@@ -248,7 +248,7 @@ def main() -> None:
         lengths(report, chosen.quick)
         first = report.table("the first solve of a kind, which is recorded", ["method", "recording, ms"])
         for name, (solver, steps) in OURS.items():
-            recording._recordings.clear()
+            recording.forget()
             began = time.process_time()
             ours(solver, steps)(net, torch.randn(1, 64))
             took = time.process_time() - began

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._tensor import may_stay
+
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _WITH_FLOAT64 = ("cpu", "cuda")  # known to have it: not asked every time
 _RANDOM = (*(f"Dropout{kind}" for kind in ("", "1d", "2d", "3d")), "StochasticDepth", "DropPath")  # classes' names
 _DROPS = re.compile(r"(^|_)(drop|dropout|drop_path)(_?(p|prob|rate|probability))?$")  # attributes of such a probability
+_NUMBERS = 1 << 10  # samples, at most, whose numbers are kept, and of how many batches
+_numbers: dict[tuple[int, torch.device], Tensor] = {}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # all others only store numbers
 
 
@@ -64,10 +68,12 @@ def require_float64(device: torch.device) -> None:
 
 
 def choose_device(module: nn.Module, device: torch.device | str | None) -> torch.device:
-    """`device`, or that of the module's parameters, or the CPU; checked to know float64."""
+    """`device`, or that of the module's parameters, or the CPU; checked to know float64 and to have the parameters."""
+    parameter = next(module.parameters(), None)
     if device is None:
-        parameter = next(module.parameters(), None)
-        device = parameter.device if parameter is not None else "cpu"
+        device = parameter.device if parameter is not None else torch.device("cpu")
+        if device.type in _WITH_FLOAT64:
+            return device
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -75,6 +81,13 @@ def choose_device(module: nn.Module, device: torch.device | str | None) -> torch
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(chosen)!r}; torch finds no CUDA here: use 'cpu', or install torch for CUDA.")
     require_float64(chosen)
+    if parameter is not None and (
+        parameter.device.type != chosen.type or chosen.index not in (None, parameter.device.index)
+    ):
+        raise ValueError(
+            f"device={str(device)!r}, but the network's parameters are on {str(parameter.device)!r}; they must be on "
+            "one device: move the model with .to(device)."
+        )
     return chosen
 
 
@@ -109,7 +122,7 @@ def require_batch(name: str, x: Any) -> Tensor:
 def require_indices(indices: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """(B,) int64 global sample numbers: `indices` checked, or 0..B-1."""
     if indices is None:
-        return torch.arange(batch, dtype=torch.int64, device=device)
+        return _first_numbers(batch, device)
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices={indices!r}; an integer tensor of shape ({batch},) is needed.")
     if indices.shape != (batch,):
@@ -117,8 +130,20 @@ def require_indices(indices: Tensor | None, batch: int, device: torch.device) ->
     return indices.to(device=device, dtype=torch.int64)
 
 
+def _first_numbers(count: int, device: torch.device) -> Tensor:
+    """(count,) int64 0, 1, ..: the same tensor again where it is small; not to be written to."""
+    made = _numbers.get((count, device))
+    if made is None:
+        made = torch.arange(count, dtype=torch.int64, device=device)
+        if count <= _NUMBERS and len(_numbers) < _NUMBERS and may_stay(made):
+            _numbers[count, device] = made
+    return made
+
+
 def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """`shape` as (n, *event), checked."""
+    if type(shape) is tuple and len(shape) > 1 and all(type(size) is int and size > 0 for size in shape):
+        return shape
     sizes: tuple[Any, ...] = tuple(shape) if isinstance(shape, Iterable) else ()
     if len(sizes) < 2 or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise ValueError(f"shape={shape!r}; (n, *event) with at least one event axis is needed, for example (16, 2).")
@@ -178,6 +203,8 @@ def require_deterministic(module: nn.Module) -> None:
     only: one that is a probability of dropping something is taken for dropout.
     """
     require_model(module)
+    if not any(map(_may_change, module.modules())):
+        return
     for name, part in module.named_modules():
         norm = isinstance(part, _BATCH_NORMS)
         if not norm and not getattr(part, "training", False):  # a frozen script has no mode
@@ -191,6 +218,11 @@ def require_deterministic(module: nn.Module) -> None:
             why = _moves(part) if part.training else None
         if why is not None:
             raise ValueError(f"the network's {name or type(part).__name__} {why}")
+
+
+def _may_change(part: nn.Module) -> bool:
+    """Whether a module needs a closer look: one in train mode, unless it is this package's own, or a batch norm."""
+    return (getattr(part, "training", False) and not is_own(part)) or isinstance(part, _BATCH_NORMS)
 
 
 def _moves(part: nn.Module) -> str | None:

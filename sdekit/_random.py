@@ -140,26 +140,32 @@ def _counted(keys: Tensor, counter: Tensor) -> _Words:
     return _finalise_host(_host(keys) + (_host(counter) + np.uint64(1)) * _HOST_GAMMA)
 
 
-def _host_normal(here: _Words, size: int) -> Tensor:
-    """(B, size) float64 normals, block by block."""
+def _host_normal(here: _Words, size: int, dtype: torch.dtype) -> Tensor:
+    """(B, size) normals, computed in float64, block by block."""
     pairs = -(-size // 2)
-    out = torch.empty(len(here), 2 * pairs, dtype=torch.float64, device="cpu")
-    drawn: _Reals = out.numpy().reshape(len(here), 2, pairs)
+    out = np.empty((len(here), 2 * pairs), _NUMPY.get(dtype, np.float64))
+    drawn = out.reshape(len(here), 2, pairs)
     lanes = _lanes(2 * pairs).reshape(2, 1, pairs)
     across = max(1, min(pairs, _BLOCK // 2))
     down = max(1, _BLOCK // 2 // across)
     for top in range(0, len(here), down):
         for left in range(0, pairs, across):
             part = (slice(top, top + down), slice(left, left + across))
-            radius, angle = _units(here[part[0], None] + lanes[:, :, part[1]])
+            radius, angle = _units(here[part[0]].reshape(-1, 1) + lanes[:, :, part[1]])
             torch.from_numpy(radius).log_()
             radius *= -2.0
             np.sqrt(radius, out=radius)
             angle *= 2.0 * math.pi
-            np.multiply(radius, torch.from_numpy(angle).cos().numpy(), out=drawn[part[0], 0, part[1]])
-            torch.from_numpy(angle).sin_()
-            np.multiply(radius, angle, out=drawn[part[0], 1, part[1]])
-    return out[:, :size]
+            cosine, sine = torch.from_numpy(angle).cos().numpy(), torch.from_numpy(angle).sin_().numpy()
+            np.multiply(radius, cosine, out=drawn[part[0], 0, part[1]], casting="same_kind")
+            np.multiply(radius, sine, out=drawn[part[0], 1, part[1]], casting="same_kind")
+    made = torch.from_numpy(out if size == 2 * pairs else out[:, :size])
+    return made if made.dtype is dtype else made.to(dtype)
+
+
+def _root(seed: int, stream: Stream) -> int:
+    """What the keys of a stream have in common."""
+    return _finalise_int(_finalise_int(seed + _GAMMA) + int(stream) * _GAMMA)
 
 
 def sample_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
@@ -170,7 +176,7 @@ def sample_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
         stream: What the numbers are for.
         indices: (B,) int64 global sample numbers.
     """
-    root = _finalise_int(_finalise_int(seed + _GAMMA) + int(stream) * _GAMMA)
+    root = _root(seed, stream)
     if _on_host(indices):
         if len(indices) <= _FEW:
             keys = [_finalise_int(root + (index + 1) * _GAMMA) for index in indices.tolist()]
@@ -212,12 +218,22 @@ def rademacher(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> 
 def normal(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """(B, size) independent standard normals, computed in float64 by Box and Muller's transform."""
     if _on_host(keys) and _on_host(counter):
-        return _host_normal(_counted(keys, counter), size).to(dtype)
+        return _host_normal(_counted(keys, counter), size, dtype)
     pairs = -(-size // 2)
     drawn = uniforms(keys, counter, 2 * pairs)  # above 0: it has a logarithm
     radius = (-2.0 * drawn[:, :pairs].log()).sqrt()
     angle = 2.0 * math.pi * drawn[:, pairs:]
     return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :size].to(dtype)
+
+
+def first_normal(seed: int, stream: Stream, indices: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """(B, size) the first normals of a stream: those of `sample_keys` at counter 0."""
+    if len(indices) <= _FEW and _on_host(indices):
+        root = _root(seed, stream)
+        keys = (_finalise_int(root + (index + 1) * _GAMMA) for index in indices.tolist())
+        here = np.array([_finalise_int(key + _GAMMA) for key in keys], np.int64)
+        return _host_normal(here.view(np.uint64), size, dtype)
+    return normal(sample_keys(seed, stream, indices), torch.zeros_like(indices), size, dtype)
 
 
 def uniforms(keys: Tensor, counter: Tensor, size: int) -> Tensor:

@@ -128,6 +128,17 @@ class FixedGrid(Controller):
     def needs_error(self) -> bool:
         return False
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The times as numbers, read once as long as nobody writes into them."""
+        times = self.times
+        version = -1 if times.is_inference() else times._version
+        read = self.__dict__.get("_read")
+        if read is None or read[0] != version or version < 0:
+            read = self.__dict__["_read"] = version, tuple(times.tolist())
+        numbers: tuple[float, ...] = read[1]
+        return numbers
+
     def start(self, term: Term, s0: Tensor, s_end: Tensor) -> GridState:
         grid = term.coordinate(self.times.to(device=s0.device, dtype=torch.float64))
         # A solve that starts inside of the grid (`t` with `nodes` in log_likelihood) shrinks it to what remains.

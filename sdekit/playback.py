@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._checks import require_same_device
 from ._fit import check_method
 from ._tensor import all_finite, working
 from .brownian import BrownianPath, IndependentIncrements
@@ -23,7 +22,7 @@ from .recording import recorded, usable
 from .runtime import GRAPHS, Runtime
 from .solution import Path, Solution, Stats, Status
 from .solver.base import Solver
-from .tape import STATE, Draw, Tape, added, input_of, output_of
+from .tape import STATE, Draw, Tape, added, input_of
 from .terms import Term
 
 _BLOCK = 1 << 17  # numbers drawn at once: 1.11 of the bare network at batch 64 where 2^15 takes 1.14, 2^13 1.18
@@ -57,32 +56,34 @@ def play(
     """
     values = tape.empty()
     values[STATE] = x
-    t, made, calls, steps = start, 0, 0, len(tape.steps)
+    t, made, calls, place = start, 0, 0, input_of(0)
     noise = _Noise(tape, path, x, values)
     call_network = model.caller(x, tape.labels)
-    seen = [(start, x)] if limits.keep_path else []
-    bar = tqdm(total=steps, unit="step") if limits.progress else None  # one that shows nothing takes 30 us
+    keep, timed = limits.keep_path, limits.wall_time is not None
+    states = keep or not tape.chained
+    seen = [(start, x)] if keep else []
+    bar = tqdm(total=len(tape.steps), unit="step") if limits.progress else None  # one that shows nothing takes 30 us
     with stops(bar) as stop:
-        for step in tape.steps:
-            if limits.wall_time is not None and seconds_since(began, x) >= limits.wall_time:
+        for asked, after, late, at, spent in tape.steps:
+            if timed and seconds_since(began, x) >= limits.wall_time:  # type: ignore[operator]
                 stop.status = Status.TIME_LIMIT
                 break
-            for given, draws, tilt in step.calls:
+            for given, draws, tilt in asked:
                 if draws:
                     noise.ask(draws)
                 shown = added(given, values)
                 out = call_network(shown, calls)
-                values[input_of(calls)] = shown
-                values[output_of(calls)] = torch.add(out, shown, alpha=tilt) if tilt else out
-                calls += 1
-            if step.draws:
-                noise.ask(step.draws)
-            if not tape.chained or limits.keep_path:
-                values[STATE] = added(step.after, values)
-            t, made = step.t, made + 1
-            for place in step.spent:
-                values[place] = None
-            if limits.keep_path:
+                values[place] = shown
+                values[place + 1] = torch.add(out, shown, alpha=tilt) if tilt else out
+                calls, place = calls + 1, place + 2
+            if late:
+                noise.ask(late)
+            if states:
+                values[STATE] = added(after, values)
+            t, made = at, made + 1
+            for number in spent:
+                values[number] = None
+            if keep:
                 seen.append((t, values[STATE]))  # type: ignore[arg-type]
             if bar is not None:
                 bar.update()
@@ -111,11 +112,6 @@ class _Noise:
                 self._values[first + n : first + n + len(asked)] = self._path.block(asked, self._like).unbind(0)
             else:
                 self._values[first + n] = _drawn(self._tape.draws[n], self._path, self._like)
-
-
-def _ends(grid: FixedGrid) -> tuple[float, float]:
-    """Its first time and its last."""
-    return float(grid.times[0]), float(grid.times[-1])
 
 
 def _drawn(draw: Draw, path: BrownianPath | None, like: Tensor) -> Tensor:
@@ -162,7 +158,7 @@ def _played(
         tape = Tape((), (), ())
     if tape is None or tape.calls > max_evaluations:
         return 0
-    start, end = _ends(controller)
+    start, end = controller.numbers[0], controller.numbers[-1]
     with torch.inference_mode(False), torch.no_grad():
         played = play(tape, term.model, working(x0), path, start, limits, began)
     count, device = len(indices), x0.device
@@ -204,10 +200,9 @@ def solve(
 ) -> Solution:
     """From t0 to t1 along a recording where there can be one, else by the loop."""
     vain = 0
-    if isinstance(controller, FixedGrid) and (t0, t1) == _ends(controller):
+    if isinstance(controller, FixedGrid) and t0 == controller.numbers[0] and t1 == controller.numbers[-1]:
         term.model.check_batch(x.shape[0])
         check_method(solver, controller, path)
-        require_same_device(term.model, x, "x0")
         played = _played(term, solver, controller, x, path, indices=indices, **limits)
         if isinstance(played, Solution):
             return played

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from .model.score_model import ScoreModel
 def draw_prior(model: ScoreModel, shape: tuple[int, ...], seed: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
     """Draws of the prior keyed by (seed, index): (n, *event) in `dtype`, on the device of `indices`."""
     require_floating("dtype", dtype)
-    size = torch.Size(shape[1:]).numel()
-    keys, std = _random.sample_keys(seed, Stream.PRIOR, indices), model.sde.prior_std
-    drawn = _random.normal(keys, torch.zeros_like(indices), size, torch.float64 if std != 1.0 else dtype)
+    size, std = math.prod(shape[1:]), model.sde.prior_std
+    drawn = _random.first_normal(seed, Stream.PRIOR, indices, size, torch.float64 if std != 1.0 else dtype)
     return (drawn if std == 1.0 else (drawn * std).to(dtype)).reshape(shape)

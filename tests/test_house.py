@@ -33,6 +33,7 @@ ORDER = [
     "model._file",
     "model._labels",
     "model._seen",
+    "model._caller",
     "model.score_model",
     "model.guidance",
     "model.nets",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import PARAMETERIZATIONS, SDES, draw, gaussian, mixture, times
@@ -120,6 +122,25 @@ def test_a_network_that_writes_into_its_labels_spoils_no_later_solve():
     assert torch.equal(first, second)
 
 
+def test_a_grid_that_was_written_to_is_recorded_again(by_the_loop):
+    model = TARGET.score_model(SDES["vp"])
+    grid = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 9))
+    sdekit.sample(model, (4, 2), solver=sdekit.DDIM(), controller=grid)
+    grid.times[4] = 0.5 * (grid.times[3] + grid.times[5])
+    assert grid.numbers == tuple(grid.times.tolist())
+    assert agrees(model, by_the_loop, solver=sdekit.DDIM(), controller=grid)
+
+
+def test_recordings_differ_by_the_noise_level_and_can_be_forgotten():
+    model = TARGET.score_model(SDES["vp"])
+    grid, solver = sdekit.FixedGrid(sdekit.grid.karras(model.sde, 9)), sdekit.EulerMaruyama()
+    half, whole, same = (recording.recorded(sdekit.ReverseSDE(model, eta), solver, grid) for eta in (0.5, 1.0, 1.0))
+    assert half is not whole
+    assert whole is same
+    recording.forget()
+    assert recording.recorded(sdekit.ReverseSDE(model, 1.0), solver, grid) is not whole
+
+
 def test_what_is_not_linear_or_not_on_a_grid_is_left_to_the_loop():
     model = TARGET.score_model(SDES["vp"])
     flow, grid = sdekit.ProbabilityFlow(model), sdekit.FixedGrid(sdekit.grid.karras(model.sde, 9))
@@ -231,6 +252,44 @@ def test_networks_that_reuse_their_memory_are_played_back_right(solver, by_the_l
     for how in ("input", "output"):
         model = sdekit.ScoreModel(Reuses(how), SDES["vp"], sdekit.edm(0.5))
         assert agrees(model, by_the_loop, solver=solver, steps=12)
+
+
+class Later(torch.nn.Module):
+    """Begins to answer in one buffer after so many calls."""
+
+    def __init__(self, well):
+        super().__init__()
+        self.well, self.calls, self.buffer = well, 0, None
+
+    def forward(self, x, label):
+        out = torch.tanh(x + label[:, None].to(x.dtype)) + 0.1 * x
+        self.calls += 1
+        if self.calls <= self.well:
+            return out
+        self.buffer = torch.empty_like(out) if self.buffer is None else self.buffer
+        return self.buffer.copy_(out)
+
+
+def test_a_network_that_begins_to_answer_in_one_buffer_is_refused_and_named():
+    model = sdekit.ScoreModel(Later(12), SDES["vp"], sdekit.edm(0.5))
+    sdekit.sample(model, (4, 2), steps=12, denoise=False)  # found to answer in memory of its own
+    with pytest.raises(sdekit.SolveError, match="memory that it has answered in before"):
+        sdekit.sample(model, (4, 2), steps=12, denoise=False)
+    again = sdekit.ScoreModel(model.net, model.sde, model.parameterization)
+    assert sdekit.sample(again, (4, 2), steps=12, denoise=False).status.tolist() == [sdekit.Status.DONE] * 4
+
+
+def test_what_was_seen_of_a_network_holds_until_it_is_compiled():
+    model = sdekit.ScoreModel(Later(99), SDES["vp"], sdekit.edm(0.5))
+    sdekit.sample(model, (4, 2), steps=12, denoise=False)
+    memory = model._memory
+    assert memory.about(model.net).shared is False
+    assert model.condition()._memory is memory
+    model.net.compile(backend="eager")
+    assert memory.about(model.net).shared is None
+    memory.shared = False
+    assert copy.deepcopy(model)._memory.shared is None
+    assert memory.about(torch.nn.Identity()).shared is None
 
 
 def test_encoding_leaves_its_input_alone():

@@ -18,6 +18,10 @@ WRITES = (
     "the network writes into its input, label or condition, and did not in its first calls, so what it was given is "
     "lost: have it work on a copy (x = x.clone()), or out of place."
 )
+SHARES = (
+    "the network answers in memory that it has answered in before, and did not in its first calls, so answers that are "
+    "still needed are lost: have it return a copy (out.clone()), or make the sdekit.ScoreModel anew."
+)
 
 
 def require_followed(name: str, value: object) -> None:

@@ -9,7 +9,6 @@ in the dtype of its own parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from .._checks import FLOATS, require_batch, require_positive
 from .._tensor import column, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
+from ._caller import Caller, Memory, trusting, watching
 from ._file import read_model, write_model
 from ._labels import label_dtype, label_rows
-from ._seen import WRITES, Precision, raised, require_answer, require_followed, share_memory, usable, versions
+from ._seen import WRITES, Precision, raised, require_answer, require_followed, usable, versions
 from .parameterization import EDM, Data, Mix, Noise, Parameterization, Score, Velocity, conversion
 
 _DEFAULT_DATA_STD = 0.5
-_WATCHED = 4  # calls of a solve in which answers are looked at for a buffer that is used again
 
 
 class ScoreModel(nn.Module):
@@ -73,6 +72,7 @@ class ScoreModel(nn.Module):
         for name, value in self.bound.items():
             require_followed(name, value)
         self._writes: bool | None = None  # whether the network writes into what it is given, once it was seen
+        self._memory = Memory()
         self._precision = Precision()
 
     def condition(self, **condition: Any) -> ScoreModel:
@@ -86,7 +86,7 @@ class ScoreModel(nn.Module):
     def _with(self, bound: dict[str, Any]) -> ScoreModel:
         """This model with what is bound replaced; what was seen of its network is known there too."""
         other = ScoreModel(self.net, self.sde, self.parameterization, self.data_std, bound)
-        other._writes, other._precision = self._writes, self._precision
+        other._writes, other._memory, other._precision = self._writes, self._memory, self._precision
         return other
 
     def _apply(self, fn: Any, recurse: bool = True) -> ScoreModel:
@@ -135,42 +135,18 @@ class ScoreModel(nn.Module):
         """
         return self._answer(seen, label, self.network_dtype(seen) if dtype is None else dtype)
 
-    def caller(self, x: Tensor, labels: tuple[float, ...]) -> Callable[[Tensor, int], Tensor]:
+    def caller(self, x: Tensor, labels: tuple[float, ...]) -> Caller:
         """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.
 
         Inputs may be kept and outputs too: a network found to write into its input, or to answer in the same buffer
         again, is given copies and its answers are copied.
         """
-        dtype = self.network_dtype(x)
-        net, rows = self.net, label_rows(labels, x.shape[0], label_dtype(dtype), x.device)
-        shape, plain = x.shape, x.dtype is dtype
-        watched: list[Tensor] = []  # the answers of the first calls, kept so that none has another's memory by chance
-        reuses = False
-
-        def watching(seen: Tensor, number: int) -> Tensor:
-            nonlocal reuses
-            out = self._answer(seen, rows[number], dtype)
-            if len(watched) == _WATCHED:
-                return out.clone() if reuses else out
-            reuses = reuses or any(share_memory(out, other) for other in watched)
-            watched.append(out)
-            return out.clone()
-
-        def call(seen: Tensor, number: int) -> Tensor:
-            if len(watched) < _WATCHED or self._writes or reuses or not plain:
-                return watching(seen, number)
-            bound = self.bound
-            version = versions(seen, bound)
-            try:
-                out = net(seen, rows[number], **bound)
-                usual = type(out) is Tensor and out.dtype is dtype and out.shape == shape  # nearly always: no copies
-            except Exception as error:
-                raise raised(error, seen, dtype) from error
-            if versions(seen, bound) != version:
-                raise NetworkError(WRITES)
-            return out if usual else self._checked(out, seen, dtype)
-
-        return call
+        dtype, net = self.network_dtype(x), self.net
+        rows = label_rows(labels, x.shape[0], label_dtype(dtype), x.device)
+        memory = self._memory.about(net)
+        if self._writes is False and memory.shared is False and x.dtype is dtype:
+            return trusting(net, rows, self.bound, x.shape, dtype, lambda out, seen: self._checked(out, seen, dtype))
+        return watching(lambda seen, number: self._answer(seen, rows[number], dtype), memory)
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
         """What the network computes in: the type of its parameters, that of `x` where it has none."""
