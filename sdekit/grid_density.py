@@ -31,7 +31,7 @@ from .grid import mixed_time
 from .grid_books import Books, Numbers
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem
-from .model._labels import label_rows
+from .model._caller import Caller
 from .model.parameterization import Parameterization
 from .model.score_model import ScoreModel
 from .runtime import GRAPHS
@@ -148,9 +148,9 @@ class _Solve:
     def run(self) -> Outcome:
         """From the first node to the last, or to where something stops it."""
         term, numbers, limits, u = self.term, self.numbers, self.limits, self.start.z.u
-        rows = label_rows(numbers.labels, u.shape[0], u.dtype, u.device)
         ratio = (numbers.scale[1:] / numbers.scale[:-1]).tolist()
         seen = (u * float(numbers.scale[0])).reshape(-1, *term.event)
+        call = term.model.caller(seen, numbers.labels, keeps=False)
         kept: deque[Tensor] = deque(maxlen=self.depth + 1)  # newest first
         began = clock.monotonic()
         bar = tqdm(total=self.count, unit="node") if limits.progress else None
@@ -164,7 +164,7 @@ class _Solve:
                     shown = seen * ratio[k - 1]
                     for weight, past in zip(numbers.chain[k], kept, strict=False):
                         shown.add_(past, alpha=weight)
-                out, answer = self._ask(shown, rows[k], k)
+                out, answer = self._ask(call, shown, k)
                 if not k and not _as_precise(term.model, u):
                     break
                 slope = torch.add(out, shown, alpha=numbers.tilt[k])
@@ -175,12 +175,12 @@ class _Solve:
                     bar.update()
         return self._outcome(self.books.count, stop.status, stop.error)
 
-    def _ask(self, seen: Tensor, label: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _ask(self, call: Caller, seen: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The network's output, and its trace (B, 1) or the products of the node's probes (P, B, *event)."""
         term = self.term
 
         def field(state: Tensor) -> Tensor:
-            return term.model.answer(state, label, label.dtype)
+            return call(state, k)
 
         if isinstance(term.divergence, Hutchinson):
             return term.divergence.push(field, seen, self.books.probes(k).reshape(-1, *seen.shape))

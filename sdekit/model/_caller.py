@@ -72,6 +72,7 @@ def trusting(
     shape: torch.Size,
     dtype: torch.dtype,
     check: Callable[[Any, Tensor], Tensor],
+    keeps: bool,
 ) -> Caller:
     """Calls of a network that was seen to leave its input alone and to answer in memory of its own.
 
@@ -82,6 +83,7 @@ def trusting(
         shape: Of its input.
         dtype: Of its input and parameters.
         check: What becomes of an answer that is not as usual.
+        keeps: Whether answers are kept, and so have to be in memory of their own.
     """
     first: list[Tensor] = []
 
@@ -95,7 +97,7 @@ def trusting(
         if (versions(seen, bound) if bound else seen._version) != version:
             raise NetworkError(WRITES)
         answer: Tensor = out if usual else check(out, seen)
-        if number < WATCHED:
+        if number < WATCHED and keeps:
             first.append(answer)
             if number == WATCHED - 1 and any(starmap(share_memory, combinations(first, 2))):
                 raise NetworkError(SHARES)

@@ -135,18 +135,20 @@ class ScoreModel(nn.Module):
         """
         return self._answer(seen, label, self.network_dtype(seen) if dtype is None else dtype)
 
-    def caller(self, x: Tensor, labels: tuple[float, ...]) -> Caller:
+    def caller(self, x: Tensor, labels: tuple[float, ...], keeps: bool = True) -> Caller:
         """The network's own output as a function of its scaled input, like `x` (B, *event), and of a label's number.
 
-        Inputs may be kept and outputs too: a network found to write into its input, or to answer in the same buffer
-        again, is given copies and its answers are copied.
+        Inputs may be kept, and with `keeps` outputs too: a network found to write into its input, or to answer in the
+        same buffer again, is given copies and its answers are copied.
         """
         dtype, net = self.network_dtype(x), self.net
         rows = label_rows(labels, x.shape[0], label_dtype(dtype), x.device)
         memory = self._memory.about(net)
-        if self._writes is False and memory.shared is False and x.dtype is dtype:
-            return trusting(net, rows, self.bound, x.shape, dtype, lambda out, seen: self._checked(out, seen, dtype))
-        return watching(lambda seen, number: self._answer(seen, rows[number], dtype), memory)
+        if self._writes is False and x.dtype is dtype and (memory.shared is False or not keeps):
+            check = lambda out, seen: self._checked(out, seen, dtype)  # noqa: E731
+            return trusting(net, rows, self.bound, x.shape, dtype, check, keeps)
+        answer = lambda seen, number: self._answer(seen, rows[number], dtype)  # noqa: E731
+        return watching(answer, memory) if keeps else answer
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
         """What the network computes in: the type of its parameters, that of `x` where it has none."""
