@@ -146,7 +146,7 @@ class ScoreModel(nn.Module):
         memory = self._memory.about(net)
         if self._writes is False and x.dtype is dtype and (memory.shared is False or not keeps):
             check = lambda out, seen: self._checked(out, seen, dtype)  # noqa: E731
-            return trusting(net, rows, self.bound, x.shape, dtype, check, keeps)
+            return trusting(net, rows, usable(self.bound), x.shape, dtype, check, keeps)
         answer = lambda seen, number: self._answer(seen, rows[number], dtype)  # noqa: E731
         return watching(answer, memory) if keeps else answer
 

@@ -136,6 +136,9 @@ def test_conditions_made_in_inference_mode_are_taken():
     with torch.inference_mode():
         inside = sdekit.log_likelihood(model_of(Plain()).condition(shift=made), X).log_prob
     torch.testing.assert_close(inside.clone(), wanted, rtol=0, atol=0)
+    model = model_of(Plain()).condition(shift=made)
+    first, second = (sdekit.log_likelihood(model, X, nodes=8).log_prob for _ in range(2))  # the network is known then
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 class Weighed(nn.Module):
