@@ -9,6 +9,7 @@ whose names differ. Nothing is ever written to: an array and the tensor it was m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar, cast
@@ -47,9 +48,17 @@ def _either(array: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
     return function
 
 
+def _sigmoid(value: Tensor) -> Tensor:
+    """1 / (1 + exp(-value)); where that would be 0 the derivative is too."""
+    return 1.0 / (1.0 + torch.exp(-value.clamp(min=-700.0 if value.dtype == torch.float64 else -80.0)))
+
+
+# On a CPU torch's exp2, hypot, atan2, logaddexp, sigmoid and pow round the last few numbers of a row, which fill no
+# vector, by other code than the rest: a sample's bits would depend on its place in the batch. exp, log and those below
+# do not (tests/test_numbers.py), so these six are made of them.
 exp = _either(np.exp, torch.exp)
 expm1 = _either(np.expm1, torch.expm1)
-exp2 = _either(np.exp2, torch.exp2)
+exp2 = _either(np.exp2, lambda value: torch.exp(value * math.log(2.0)))
 log = _either(np.log, torch.log)
 log1p = _either(np.log1p, torch.log1p)
 log2 = _either(np.log2, torch.log2)
@@ -57,14 +66,14 @@ sign = _either(np.sign, torch.sign)
 sin = _either(np.sin, torch.sin)
 tan = _either(np.tan, torch.tan)
 asinh = _either(np.arcsinh, torch.asinh)
-atan2 = _either(np.arctan2, torch.atan2)
-hypot = _either(np.hypot, torch.hypot)
-logaddexp = _either(np.logaddexp, torch.logaddexp)
-sigmoid = _either(lambda value: 1.0 / (1.0 + np.exp(-value)), torch.sigmoid)
+atan = _either(np.arctan, torch.atan)
+hypot = _either(np.hypot, lambda a, b: (a * a + b * b).sqrt())
+logaddexp = _either(np.logaddexp, lambda a, b: torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs())))
+sigmoid = _either(lambda value: 1.0 / (1.0 + np.exp(-value)), _sigmoid)
 floor = _either(np.floor, torch.floor)
 sqrt = _either(np.sqrt, torch.sqrt)
 square = _either(np.square, torch.square)
-power = _either(np.power, torch.pow)
+power = _either(np.power, lambda base, exponent: torch.exp(exponent * torch.log(base)))
 isfinite = _either(np.isfinite, torch.isfinite)
 isnan = _either(np.isnan, torch.isnan)
 maximum = _either(np.maximum, torch.maximum)

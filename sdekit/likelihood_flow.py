@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._checks import is_own
-from ._numbers import alike, cat, exp, maximum, mean, sqrt, square, stack, zeros_like
+from ._numbers import alike, cat, exp, hypot, maximum, mean, sqrt, square, stack, zeros_like
 from ._tensor import column, dot, flatten, tensor
 from .divergence import Divergence, FieldValue, Hutchinson
 from .grid import MixedTime, mixed_time
@@ -160,7 +160,7 @@ class LikelihoodFlow(Term):
     def log_scale(self, t: Tensor) -> Tensor:
         """log(alpha c) at time t (B,), float64: x = alpha c u."""
         sde = self.model.sde
-        return sde.log_alpha(t) + torch.hypot(torch.exp(-sde.half_log_snr(t)), as_time(self.model.data_std)).log()
+        return sde.log_alpha(t) + hypot(torch.exp(-sde.half_log_snr(t)), as_time(self.model.data_std)).log()
 
     def enter(self, x: Tensor, s: Tensor) -> FlowState:
         self._dtypes = None  # since the solve before, the network may have been cast

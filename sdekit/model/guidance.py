@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_positive
+from .._numbers import sigmoid
 from .._tensor import column
 from ..sde.base import as_time
 from .parameterization import time_of_label
@@ -61,8 +62,8 @@ class GuidanceInterval:
             )
 
     def __call__(self, half_log_snr: Tensor) -> Tensor:
-        inside = torch.sigmoid((half_log_snr - self.low) / self.width)
-        return 1.0 + (self.scale - 1.0) * inside * torch.sigmoid((self.high - half_log_snr) / self.width)
+        inside = sigmoid((half_log_snr - self.low) / self.width)
+        return 1.0 + (self.scale - 1.0) * inside * sigmoid((self.high - half_log_snr) / self.width)
 
 
 def guided(conditional: ScoreModel, unconditional: ScoreModel, scale: Scale) -> ScoreModel:

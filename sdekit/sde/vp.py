@@ -24,7 +24,7 @@ from torch import Tensor
 from .._checks import require_count, require_times
 from .._numbers import (
     asinh,
-    atan2,
+    atan,
     beside,
     between,
     exp,
@@ -189,7 +189,7 @@ class CosineVPSDE(SDE):
         excess = start_cos**2 * exp(2.0 * _log_alpha_at(-snr))  # sin^2 u - sin^2 u_0
         sin_u, cos_u = sqrt(start_sin**2 + excess), exp(_log_alpha_at(snr)) * start_cos
         sin_turn = excess / (sin_u * start_cos + cos_u * start_sin)
-        return atan2(sin_turn, cos_u * start_cos + sin_u * start_sin) / self._rate
+        return 2.0 * atan(sin_turn / (1.0 + cos_u * start_cos + sin_u * start_sin)) / self._rate
 
 
 @dataclass(frozen=True)
