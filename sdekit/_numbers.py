@@ -122,6 +122,11 @@ def mean(value: Numbers) -> Tensor:
     return cast(Tensor, value.sum(-1) / value.shape[-1] if isinstance(value, np.ndarray) else value.mean(-1))
 
 
+def total(value: Numbers, axis: int) -> Tensor:
+    """The sum over an axis that is not the last, added in its order: torch's own depends on the place in a row."""
+    return cast(Tensor, value.sum(axis) if isinstance(value, np.ndarray) else value.cumsum(axis).select(axis, -1))
+
+
 def batch_first(value: Numbers) -> Tensor:
     """(B, ..) contiguous of numbers whose last axis is the batch."""
     last = len(value.shape) - 1

@@ -76,7 +76,7 @@ class Budget(NamedTuple):
         below as above it, and a good one only where it is small: a quarter more is for where it is nearly all there is.
         """
         parts = [self._times(line) * line.nats for line in self.lines if line.nats is not None]
-        return torch.stack(parts).sum(0)
+        return sum(parts, torch.zeros_like(parts[0]))
 
     def _times(self, line: Line) -> float:
         """How often a line counts."""

@@ -19,7 +19,22 @@ from sdekit.loop import Problem, begin
 
 ULPS = 4 * 2.0**-53  # what numpy's functions and torch's may differ by, relative
 
-ONE = ["exp", "expm1", "exp2", "log", "log1p", "log2", "sin", "tan", "atan", "asinh", "sigmoid", "sign", "floor", "sqrt"]
+ONE = [
+    "exp",
+    "expm1",
+    "exp2",
+    "log",
+    "log1p",
+    "log2",
+    "sin",
+    "tan",
+    "atan",
+    "asinh",
+    "sigmoid",
+    "sign",
+    "floor",
+    "sqrt",
+]
 ONE += ["square", "isfinite", "isnan", "zeros_like", "ones_like", "real", "whole"]
 TWO = ["power", "maximum", "minimum", "hypot", "logaddexp", "at_least", "at_most"]
 

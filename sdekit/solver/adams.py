@@ -261,7 +261,11 @@ def _entered(rate: Tensor, past: Tensor) -> Tensor:
 
 
 def _weighted(weights: Tensor, past: Tensor) -> Tensor:
-    """N sums over the history axis at once, in its dtype: weights (B, N, K), (B, K, ...) -> (B, N, ...)."""
+    """N sums over the history axis at once, in its dtype: weights (B, N, K), (B, K, ...) -> (B, N, ...).
+
+    Up to K = 7, and there is no more, the bits of a batched product on a CPU depend on no other sample; from 8 on they
+    do.
+    """
     if on_host(past):
         return weights @ past
     sums = torch.bmm(tensor(weights, past.dtype), past.flatten(2))

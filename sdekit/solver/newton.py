@@ -33,6 +33,7 @@ from .._numbers import (
     picked,
     products,
     rows,
+    total,
     where,
 )
 from .._tensor import may_stay, tree_map
@@ -134,17 +135,17 @@ def stacked(past: Tensor, formula: Formula, s0: Tensor, s1: Tensor) -> Weights:
     nodes, half = rows(past), 0.5 * (s1 - s0)
     x = 0.5 * (s0 + s1) + half * points
     lower = products(x[:, None] - nodes, 2.0 * half * rule)[:, :-1]  # (4, K, B): over i < o, weighed
-    led = cat((2.0 * half[None], (lower * (x - s1)[:, None]).sum(0)), 0)  # I'_o
+    led = cat((2.0 * half[None], total(lower * (x - s1)[:, None], 0)), 0)  # I'_o
     # Nodes coincide where they are not used. They are masked below, and must not make what is masked infinite.
     gaps, back = nodes[:, None] - nodes, s1 - nodes  # (j, i, B), (K, B)
     gaps, back = where(gaps == 0.0, 1.0, gaps), where(back == 0.0, 1.0, back)
     divisors = products(gaps, ones_like(nodes))  # (j, o, B): over i < o, i != j
-    upper, integrals = beside(masks.upper, past), lower.sum(0) * picked(masks.ahead, formula.terms)
-    predict = (integrals / divisors[:, 1:] * upper[:, 1:]).sum(1)
+    upper, integrals = beside(masks.upper, past), total(lower, 0) * picked(masks.ahead, formula.terms)
+    predict = total(integrals / divisors[:, 1:] * upper[:, 1:], 1)
     first = led / products(back, ones_like(s0))
     terms = cat((first[None], led / (divisors * -back[:, None]) * upper), 0)  # (j, o, B), the step's end first
     at = formula.terms * (depth + 1) + formula.known
-    summed = (terms * (picked(masks.behind, at) * formula.begun)).sum(1)
+    summed = total(terms * (picked(masks.behind, at) * formula.begun), 1)
     single = terms[:, picked(masks.which, formula.terms), arange(batch, past)]  # (j, N, B)
     single = single * (picked(masks.single, at) * formula.begun)
     return Weights(batch_first(predict), batch_first(cat((summed[:, None], single), 1).swapaxes(0, 1)))

@@ -91,13 +91,26 @@ SAMPLERS = {
     "default": {},
     "reverse SDE": {"eta": 1.0},
     "adaptive": {"solver": sdekit.Dopri5(), "controller": sdekit.PID(1e-4, 1e-4)},
+    "adaptive SDE": {"eta": lambda t: 0.5 + 0.5 * t, "controller": sdekit.PID(1e-2, 1e-2)},
     "corrected": {"solver": sdekit.PredictorCorrector(sdekit.EulerMaruyama(), sdekit.SNRLangevin()), "steps": 10},
+    "corrected Adams": {"solver": sdekit.PredictorCorrector(sdekit.Adams(5), sdekit.Langevin()), "steps": 10},
+    "corrected DEIS": {"solver": sdekit.PredictorCorrector(sdekit.DEIS(3), sdekit.Langevin()), "steps": 10},
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("how", SAMPLERS)
-def test_a_draw(how):
-    compare(lambda rows: sdekit.sample(model(), (len(rows), D), indices=rows, **SAMPLERS[how]))
+def test_a_draw(how, dtype):
+    compare(lambda rows: sdekit.sample(model(), (len(rows), D), indices=rows, dtype=dtype, **SAMPLERS[how]))
+
+
+@pytest.mark.parametrize("name", ["VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE", "VESDE", "KarrasSDE"])
+def test_the_time_at_a_noise_level(name):
+    sde = getattr(sdekit, name)()
+    first, last = (float(sde.half_log_snr(t)) for t in (sde.t_max, sde.t_min))
+    levels = torch.linspace(first, last, 1003, dtype=torch.float64)
+    alone = torch.cat([sde.time_at(levels[k : k + 1]) for k in range(1003)])
+    assert torch.equal(sde.time_at(levels), alone)
 
 
 FRESH = sdekit.Hutchinson()
