@@ -4,7 +4,7 @@ Flow samplers all start from the same draws of the prior and solve the same equa
 VP process, on exact scores and on learned networks, in float64. The reference is Dopri8 at 1e-12; what it differs from
 the same method at 1e-11 in another variable is reported. Errors are root mean squares over samples and coordinates, and
 the median over samples of a sample's. Each of our solvers is shown on the best of three grids at every count, which no
-user knows beforehand; the goals are on `sdekit.plan_sampling`, which measures a grid on 64 other draws once for a
+user knows beforehand; the goals are on `sdekit.plan_sampling`, which measures a grid on 192 other draws once for a
 model and a count (its evaluations of each of them stand with it), and on `sdekit.sample` as it is. Stochastic samplers
 are compared by their laws.
 """
