@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ._checks import is_own
-from ._tensor import all_finite
+from ._tensor import all_finite, put, take
 from .controller import FixedGrid, GridState
 from .divergence import Exact, Hutchinson
 from .driver import Limits, Outcome, drive, seconds_since, stops
@@ -118,15 +118,24 @@ def _as_precise(model: ScoreModel, u: Tensor) -> bool:
 
 
 def solve_density(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
-    """As `drive`: by short sums where that is possible, else by the loop."""
+    """As `drive`: by short sums where that is possible, else by the loop.
+
+    Samples that come out not finite are solved again by the loop, which says where they failed; the others stay.
+    """
     if not usable(problem, carry, limits):
         return drive(problem, carry, limits)
     outcome = _Solve(problem, carry, limits).run()
     coarse = not _as_precise(problem.term.model, carry.z.u)  # known now; what that costs is booked by the loop
-    if coarse or (outcome.error is None and not bool(all_finite((outcome.carry.z.u, outcome.carry.z.log_det)).all())):
-        again = drive(problem, carry, limits)  # it says which sample failed, and where
+    if coarse:
+        again = drive(problem, carry, limits)
         return again._replace(calls=again.calls + outcome.calls, paid=again.paid + outcome.paid)
-    return outcome
+    finite = all_finite((outcome.carry.z.u, outcome.carry.z.log_det))
+    if outcome.error is not None or bool(finite.all()):
+        return outcome
+    rows = (~finite).nonzero().squeeze(1)
+    again = drive(problem.take(rows), take(carry, rows), limits)
+    whole = put(outcome.carry, rows, again.carry)
+    return Outcome(whole, outcome.calls + again.calls, outcome.paid + again.paid, again.error, [])
 
 
 class _Solve:

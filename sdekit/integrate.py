@@ -13,7 +13,7 @@ from ._fit import check_direction, check_grid_ends, check_method, check_path, ch
 from ._tensor import working
 from .brownian import BrownianPath
 from .controller import Controller, FixedGrid
-from .driver import check_limits, drive
+from .driver import Limits, check_limits, drive
 from .errors import NetworkError, PartialResultWarning, SolveError
 from .loop import Problem, begin
 from .runtime import Runtime
@@ -100,17 +100,23 @@ def integrate(
     check_span(path, s0, s_end)
     problem = Problem(term, solver, controller, s_end, path, max_evaluations)
     limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)._replace(keep_path=return_path)
+    solution, error = carried(problem, s0, x0, limits)
+    target = f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end"
+    finish(solution, solution.status, error, solution.t, target, numbers, throw)
+    return solution
+
+
+def carried(problem: Problem, s0: Tensor, x0: Tensor, limits: Limits) -> tuple[Solution, NetworkError | None]:
+    """Where the loop carries the states `x0` (B, *event) from the coordinate `s0` (B,), and what stopped it."""
+    term = problem.term
     with torch.inference_mode(False), torch.no_grad():
         outcome = drive(problem, begin(problem, s0, term.enter(working(x0), s0)), limits)
         carry = outcome.carry
         reached = term.time(carry.s)
         x = x0 if x0.shape[0] == 0 else term.leave(carry.z, carry.s).to(x0.dtype)
-        way = path_of(term, outcome.seen, x0) if return_path else None
+        way = path_of(term, outcome.seen, x0) if limits.keep_path else None
     stats = Stats(carry.evaluations, carry.accepted, carry.rejected, outcome.calls, outcome.paid)
-    solution = Solution(x, reached, carry.status, stats, solver.report(carry.memory), way)
-    target = f"t={float(end_at[0]):.6g}" if x0.shape[0] else "the end"
-    finish(solution, carry.status, outcome.error, reached, target, numbers, throw)
-    return solution
+    return Solution(x, reached, carry.status, stats, problem.solver.report(carry.memory), way), outcome.error
 
 
 def finish(

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._fit import check_method
-from ._tensor import all_finite, working
+from ._tensor import all_finite, put, working
 from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
 from .driver import Limits, check_limits, seconds_since, stops
 from .errors import NetworkError
-from .integrate import finish, integrate
+from .integrate import carried, finish, integrate
+from .loop import Problem
 from .model.score_model import ScoreModel
 from .recording import recorded, usable
 from .runtime import GRAPHS, Runtime
@@ -142,30 +143,28 @@ def _played(
     return_path: bool,
     runtime: Runtime = "auto",
     slots: int | None = None,
-) -> Solution | int:
-    """As `integrate` from the grid's first time to its last; the calls made in vain where the loop has to do it.
+) -> Solution | None:
+    """As `integrate` from the grid's first time to its last; None where the loop has to do it.
 
-    That is where the solve cannot be recorded, where the budget does not reach, and where a state came out not finite:
-    the loop says where.
+    That is where the solve cannot be recorded, and where the budget does not reach. A sample that came out not finite
+    is solved again by the loop, which says where it failed; the others stay.
     """
     limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)._replace(keep_path=return_path)
     if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None or runtime in GRAPHS:
-        return 0
+        return None
     began = clock.monotonic()
     try:
         tape = recorded(term, solver, controller)
     except KeyboardInterrupt:
         tape = Tape((), (), ())
     if tape is None or tape.calls > max_evaluations:
-        return 0
+        return None
     start, end = controller.numbers[0], controller.numbers[-1]
     with torch.inference_mode(False), torch.no_grad():
         played = play(tape, term.model, working(x0), path, start, limits, began)
     count, device = len(indices), x0.device
     finite = math.isfinite(float(played.x.sum()))  # else some number is not, or the sum overflows
     each = None if finite else all_finite(played.x)
-    if played.stopped is None and played.error is None and each is not None and not bool(each.all()):
-        return played.calls
     through = bool(tape.steps) and played.steps == len(tape.steps)
     ended = Status.DONE if through else played.stopped or (Status.RUNNING if tape.steps else Status.INTERRUPTED)
 
@@ -177,14 +176,57 @@ def _played(
     way = None
     if return_path:
         times = torch.tensor([at for at, _ in played.seen], dtype=torch.float64, device=device)
-        way = Path(times.expand(count, -1), torch.stack([x for _, x in played.seen], 1).to(x0.dtype))
-    status = whole(int(ended))
-    if each is not None:
-        status = torch.where(each, status, int(Status.NOT_FINITE))
-    solution = Solution(played.x.to(x0.dtype), t, status, stats, {}, way)
+        way = Path(times.repeat(count, 1), torch.stack([x for _, x in played.seen], 1).to(x0.dtype))
+    solution, error = Solution(played.x.to(x0.dtype), t, whole(int(ended)), stats, {}, way), played.error
+    if each is not None and not bool(each.all()):
+        failed = (~each).nonzero().squeeze(1)
+        if through:
+            solution, error = _again(solution, failed, term, solver, controller, x0, path, limits)
+        else:
+            solution = solution._replace(status=solution.status.index_fill(0, failed, int(Status.NOT_FINITE)))
     if not through or each is not None:  # else every sample has arrived
-        finish(solution, solution.status, played.error, t, f"t={end:.6g}", indices, throw)
+        finish(solution, solution.status, error, solution.t, f"t={end:.6g}", indices, throw)
     return solution
+
+
+def _again(
+    solution: Solution,
+    rows: Tensor,
+    term: Term,
+    solver: Solver,
+    controller: FixedGrid,
+    x0: Tensor,
+    path: BrownianPath | None,
+    limits: Limits,
+) -> tuple[Solution, NetworkError | None]:
+    """The solution with the samples `rows` solved again by the loop, and what stopped that."""
+    part = term.take(rows)
+    ends = (torch.full((len(rows),), controller.numbers[k], dtype=torch.float64, device=x0.device) for k in (0, -1))
+    s0, s_end = map(part.coordinate, ends)
+    noise = None if path is None else path.take(rows)
+    problem = Problem(part, solver, controller, s_end, noise, limits.max_evaluations)
+    found, error = carried(problem, s0, x0[rows], limits)
+    old, new, way = solution.stats, found.stats, found.path
+    if way is not None and solution.path is not None:
+        steps = torch.arange(solution.path.t.shape[1], device=x0.device).clamp(max=way.t.shape[1] - 1)
+        way = put(solution.path, rows, Path(way.t[:, steps], way.x[:, steps]))
+    each = put(_by_sample(solution), rows, _by_sample(found))
+    stats = Stats(*each.cost, old.calls + new.calls, old.paid + new.paid)
+    return Solution(each.x, each.t, each.status, stats, solution.report, way), error
+
+
+class _BySample(NamedTuple):
+    """What of a solution is of single samples."""
+
+    x: Tensor
+    t: Tensor
+    status: Tensor
+    cost: tuple[Tensor, Tensor, Tensor]
+
+
+def _by_sample(solution: Solution) -> _BySample:
+    stats = solution.stats
+    return _BySample(solution.x, solution.t, solution.status, (stats.evaluations, stats.accepted, stats.rejected))
 
 
 def solve(
@@ -199,13 +241,10 @@ def solve(
     **limits: Any,
 ) -> Solution:
     """From t0 to t1 along a recording where there can be one, else by the loop."""
-    vain = 0
     if isinstance(controller, FixedGrid) and t0 == controller.numbers[0] and t1 == controller.numbers[-1]:
         term.model.check_batch(x.shape[0])
         check_method(solver, controller, path)
         played = _played(term, solver, controller, x, path, indices=indices, **limits)
-        if isinstance(played, Solution):
+        if played is not None:
             return played
-        vain = played
-    found = integrate(term, solver, controller, x, t0, t1, path, indices=indices, **limits)
-    return found._replace(stats=found.stats.plus(vain, 0)) if vain else found
+    return integrate(term, solver, controller, x, t0, t1, path, indices=indices, **limits)

@@ -124,17 +124,23 @@ def test_densities_of_samples_on_the_way_are_the_loops_too(solves):
 
 
 def test_nan_is_of_its_own_sample_and_the_loop_says_where(solves):
+    x = TARGET.sample(3)
+
     def act(call, x, label, answer):
-        bad = (torch.arange(len(x)) == 1) & (label < 0.5) & (label > 0.2)
+        bad = (x[:, 0] < -0.7) & (label < 0.5) & (label > 0.2)  # so far goes the second sample only
         return torch.where(bad[:, None], torch.nan, answer())
 
     model, _ = watched(MODEL, act)
-    x = TARGET.sample(3)
     ours, theirs = both(solves, model, x, nodes=12)
     assert ours.status.tolist() == [Status.DONE, Status.NOT_FINITE, Status.DONE]
     assert torch.equal(ours.t, theirs.t)
     torch.testing.assert_close(ours.log_prob, theirs.log_prob, rtol=1e-12, atol=0.0, equal_nan=True)
-    assert ours.stats.calls == theirs.stats.calls + 12  # those in vain are counted
+    assert ours.stats.calls == 12 + int(ours.stats.evaluations[1])  # the second once more, by itself
+    assert ours.stats.paid == 3 * 12 + int(ours.stats.evaluations[1])
+    solves.by_the_loop(False)
+    whole = sdekit.log_likelihood(MODEL, x, nodes=12)
+    for name in FIELDS:  # the others have the bits that they have without it
+        assert torch.equal(getattr(ours, name)[[0, 2]], getattr(whole, name)[[0, 2]])
 
 
 @pytest.mark.parametrize("block", [1, 30, 1 << 20])
