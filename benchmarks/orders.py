@@ -49,6 +49,11 @@ def reverse(eta: float) -> Equation:
     return lambda model, x: sdekit.ReverseSDE(model, eta)
 
 
+def rising(model: sdekit.ScoreModel, x: Tensor) -> sdekit.Term:
+    """The reverse SDE of a noise level of time, from 0.2 to 1 as the noise falls."""
+    return sdekit.ReverseSDE(model, lambda t: 0.6 + 0.4 * torch.tanh(0.7 * model.sde.half_log_snr(t)))
+
+
 class Method(NamedTuple):
     """A solver, the equation it is tested on, what it claims (None: nothing, so not tested), and the grids for it.
 
@@ -133,6 +138,14 @@ METHODS = (
         for n, solver in SRA.items()
         for eta in (0.5, 1.0)
     ),
+    Method("EulerMaruyama, eta(t)", sdekit.EulerMaruyama(), rising, None, 1, 1, MANY),
+    Method("ReverseDiffusion, eta(t)", sdekit.ReverseDiffusion(), rising, None, 1, 1, MANY),
+    Method("SDEDPMSolver, eta(t)", sdekit.SDEDPMSolver(), rising, None, 1, 1, MANY),
+    Method("SDEDPMSolverPP(2), eta(t)", sdekit.SDEDPMSolverPP(2), rising, None, 2, 1),
+    Method("SASolver(2, 2), eta(t)", sdekit.SASolver(2, 2), rising, None, 2, 1),
+    Method("SASolver(3, 3), eta(t)", sdekit.SASolver(3, 3), rising, None, 2, 1),
+    Method("StochasticHeun, eta(t)", sdekit.StochasticHeun(), rising, None, 2, 1),
+    *(Method(f"SRA{n}, eta(t)", solver, rising, None, 2, 1.5) for n, solver in SRA.items()),
     Method("EDMChurn(1)", sdekit.EDMChurn(1.0), flow, None, 2, None, transition=False),
 )
 

@@ -86,9 +86,16 @@ def check_grid_ends(controller: FixedGrid, begin_at: Tensor, end_at: Tensor) -> 
     """Raises ValueError unless the grid runs from `begin_at` to `end_at` (B,) exactly."""
     first, last = float(controller.times[0]), float(controller.times[-1])
     if bool((begin_at != first).any() | (end_at != last).any()):
+        near = torch.allclose(begin_at, torch.full_like(begin_at, first), rtol=1e-6, atol=0.0)
+        near = near and torch.allclose(end_at, torch.full_like(end_at, last), rtol=1e-6, atol=0.0)
         raise ValueError(
             f"the grid runs from t={first!r} to t={last!r}, the solve from t0 to t_end; they must agree exactly: "
-            "flip the grid with .flip(0), or pass its own ends as t0 and t_end."
+            + (
+                f"they differ by rounding only (the grid is {controller.times.dtype}): make the grid in float64, or set "
+                "its first and last time to the solve's."
+                if near
+                else "flip the grid with .flip(0), or pass its own ends as t0 and t_end."
+            )
         )
 
 

@@ -86,7 +86,8 @@ def sample(
         runtime: How a step runs, to rounding the same: "eager" (and "auto"), "compile" (by torch's compiler: tens
             of seconds once for a kind of solve, then less overhead a step), "graph" (captured, on CUDA),
             "compiled-graph" (both).
-        slots: Samples in work at a time, the next entering when one is done; None: all.
+        slots: Samples in work at a time, the next entering when one is done; None: all. On a fixed grid the results
+            are the same to rounding with and without, since only without is it played back from a recording.
 
     Returns:
         A Solution: `x` (n, *event), status and cost per sample.
@@ -172,7 +173,7 @@ def encode(
         progress: Show a progress bar.
         throw: Raise SolveError if a sample fails; else read `status`.
         runtime: As in `sample`.
-        slots: As in `sample`.
+        slots: As in `sample`, to rounding the same.
 
     Returns:
         A Solution whose `x` are the latents, the shape and dtype of `x`.

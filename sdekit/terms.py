@@ -173,6 +173,8 @@ class ReverseSDE(Term):
     Args:
         model: The score model.
         eta: Noise level, >= 0, or a function of t (B,) that returns it; 0 is the probability flow, 1 Anderson's SDE.
+            Solvers keep their order where it is smooth; where it jumps, the exponential ones if that is at a time of
+            the grid, the others have order 1.
     """
 
     noise_type = "diagonal"

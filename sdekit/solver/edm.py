@@ -32,14 +32,15 @@ class EDMChurn(Solver):
     level of t_max. Steps towards the noise are not churned; with gamma = 0 it is Heun's method in rho. Integrates a
     ProbabilityFlow, on a fixed grid.
 
-    The published gamma = min(S_churn/N, sqrt 2 - 1) is the same for each of N steps, whatever their length: with N
-    steps equally long in half_log_snr, S_churn = churn (lambda(t_min) - lambda(t_max)).
+    The published gamma = min(S_churn/N, sqrt 2 - 1) is the same for each of N steps, whatever their length: that is
+    `gamma`, and reproduces published samples. Of no order: noise is added in more steps as there are more of them.
 
     Args:
         churn: eta^2, >= 0: noise raised per unit of half_log_snr gone.
         start: Level rho, > 0, below which churn starts (S_tmax).
         stop: Level rho, >= 0 and at most `start`, below which churn stops (S_tmin).
         noise: S_noise, > 0: the fresh noise is this times too large; other than 1 is a deliberate bias.
+        gamma: The same share of the noise level raised in each step, 0 to sqrt 2 - 1, instead of `churn`.
 
     Raises:
         TypeError, ValueError: Numbers out of range.
@@ -51,8 +52,13 @@ class EDMChurn(Solver):
     start: float = math.inf
     stop: float = 0.0
     noise: float = 1.0
+    gamma: float | None = None
 
     def __post_init__(self) -> None:
+        if self.gamma is not None and not 0 <= self.gamma <= _MOST_RAISED * (1 + 1e-12):
+            raise ValueError(
+                f"gamma={self.gamma!r}; 0 <= gamma <= sqrt(2) - 1 is needed: min(S_churn / steps, sqrt(2) - 1)."
+            )
         require_positive("noise", self.noise)
         if not (math.isfinite(self.churn) and self.churn >= 0):
             raise ValueError(f"churn={self.churn!r}; a finite number of at least 0 is needed.")
@@ -91,7 +97,10 @@ class EDMChurn(Solver):
         """(B,) the time whose level is (1 + gamma) rho_0; exactly t0 where gamma is 0."""
         sde = term.model.sde
         here = sde.half_log_snr(t0)
-        gamma = (self.churn * (sde.half_log_snr(t1) - here)).clamp(0.0, _MOST_RAISED)
+        gone = sde.half_log_snr(t1) - here
+        gamma = (self.churn * gone).clamp(0.0, _MOST_RAISED)
+        if self.gamma is not None:
+            gamma = torch.full_like(gone, self.gamma) * (gone > 0)
         churned = (torch.exp(-here) <= self.start) & (torch.exp(-here) >= self.stop) & (gamma > 0)
         there = sde.clamp(sde.time_at(here - torch.log1p(gamma)))
         return torch.where(churned, torch.maximum(there, t0), t0)

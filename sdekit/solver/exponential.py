@@ -93,7 +93,7 @@ class DPMSolverPP(Multistep):
             step and no memory (2S, 3S).
         compat: With `multistep`: the published coefficients, to reproduce published samples. These are the "midpoint"
             one in the second order, and in the third a second difference that lacks its factor 2 and a start of order
-            1, which leave it of order 2.
+            1, which leave it of order 2. (k-diffusion's 3M takes the exact coefficient in its second step.)
 
     Source: Lu et al. 2022, DPM-Solver++.
     """

@@ -99,7 +99,7 @@ SRA_3 = AdditiveTableau(
 class SRA(Solver):
     """The method of a tableau for the reverse SDE, of any eta(t), on a fixed grid.
 
-    Strong order 1.5 and weak order 2. Without noise, of order 2 or 3.
+    Strong order 1.5 and weak order 2, where eta(t) has no jump. Without noise, of order 2 or 3.
 
     Args:
         tableau: Its coefficients.

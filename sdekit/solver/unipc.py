@@ -171,7 +171,8 @@ class SASolver(PredictCorrect):
 
     The noise level tau(t) is the ReverseSDE's eta; the published default is 1 for 0.2 <= t <= 0.8 and 0 else. Predictor
     and corrector share the step's noise. Weak order 2 (1 with corrector=0, or predictor=1 and none), strong order 1;
-    where eta = 0, of order `predictor` + 1 (corrector as deep) like UniPC.
+    where eta = 0, of order `predictor` + 1 (corrector as deep) like UniPC. That is for a smooth eta: where it jumps, as
+    the published one does, weak order 1 of the transition, unless the jumps are times of the grid.
 
     Args:
         predictor: How many past predictions the predictor takes, 1, 2 or 3.

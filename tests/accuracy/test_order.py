@@ -328,6 +328,51 @@ def test_the_noise_level_may_depend_on_time():
     assert found.proven, found
 
 
+@pytest.mark.parametrize("sde", ["vp", "karras"])
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        (sdekit.EulerMaruyama(), 1),
+        (sdekit.ReverseDiffusion(), 1),
+        (sdekit.SDEDPMSolver(), 1),
+        (sdekit.SDEDPMSolverPP(1), 1),
+        (sdekit.SDEDPMSolverPP(2), 2),
+        (sdekit.SASolver(2, 2), 2),
+        (sdekit.SASolver(3, 3), 2),
+        (sdekit.StochasticHeun(), 2),
+        (sdekit.SRA1(), 2),
+        (sdekit.SRA2(), 2),
+        (sdekit.SRA3(), 2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, sdekit.Solver) else str(value),
+)
+def test_solvers_keep_their_order_under_a_noise_level_of_time(solver, order, sde):
+    process = SDES[sde]
+    found = weak(solver, process, lambda t: 0.6 + 0.4 * torch.tanh(0.7 * process.half_log_snr(t)), claimed=order)
+    assert found.proven, found
+
+
+def test_a_noise_level_that_jumps_at_a_time_of_the_grid_costs_exponential_solvers_no_order():
+    sde = SDES["vp"]
+    grids = half_log_snr_grids(sde, (96, 192, 384))
+    model, jump = AXES.score_model(sde), float(grids[0][48])
+    # The exact law, piece by piece: up to the jump, and from there.
+    pieces = [
+        _exact_law(sdekit.ReverseSDE(model, level), AXES, a, b)
+        for level, a, b in ((1.0, float(grids[0][0]), jump), (0.3, jump, float(grids[0][-1])))
+    ]
+    gain = pieces[0].gain * pieces[1].gain
+    term = sdekit.ReverseSDE(model, lambda t: torch.where(t < jump * (1.0 - 1e-12), 0.3, 1.0).double())
+
+    def order(solver):
+        first, *_, last = (float((_method_law(solver, term, 8, grid).gain - gain).square().mean()) for grid in grids)
+        return math.log2(first / last) / 4.0
+
+    assert order(sdekit.SASolver(2, 2)) > 1.8
+    assert order(sdekit.SDEDPMSolverPP(2)) > 1.8
+    assert order(sdekit.StochasticHeun()) < 1.3
+
+
 def test_two_draws_a_step_and_their_areas_are_followed():
     found = weak(StochasticRungeKutta(), SDES["vp"], counts=(24, 48, 96))
     assert found.proven, found

@@ -254,6 +254,27 @@ def test_k_diffusion_noisy_samplers_with_the_same_noise(name, solver, settings, 
     agree(ours(sdekit.ReverseSDE(model), solver, times_of(sde, sigmas), x, Fed(noise)), theirs, TIGHT)
 
 
+def test_k_diffusion_churn_with_the_same_noise(monkeypatch):
+    sigmas, model, churn = kd_grid(KARRAS), TARGET.score_model(KARRAS), 3.0
+    sigmas = sigmas[1:]  # theirs raises the first level above the largest
+    x, steps = float(sigmas[0]) * draw(1, 5, 3), len(sigmas) - 1
+    noise = [draw(20 + k, 5, 3) for k in range(steps)]
+    drawn = iter(noise)
+    monkeypatch.setattr(torch, "randn_like", lambda like: next(drawn))
+    levels = {"s_tmin": 0.05, "s_tmax": 2.0, "s_noise": 1.003}
+    theirs = samplers.denoise_along("heun", samplers.Counted(model), x, sigmas, s_churn=churn, **levels)
+    monkeypatch.undo()
+
+    class Path(Fed):
+        def normal(self, step, like, lane=0):
+            return self.noise[int(step[0])]
+
+    solver = sdekit.EDMChurn(
+        start=levels["s_tmax"], stop=levels["s_tmin"], noise=levels["s_noise"], gamma=min(churn / steps, 2**0.5 - 1)
+    )
+    agree(ours(flow(KARRAS), solver, sigmas, x, Path(noise)), theirs, TIGHT)
+
+
 # azula
 
 

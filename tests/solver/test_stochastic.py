@@ -308,6 +308,9 @@ def test_churn_raises_the_level_by_gamma_with_the_variance_of_the_way_up(name):
         level, noise = raised(EDMChurn(churn, noise=1.1))
         assert level == pytest.approx((1.0 + gamma) * rho, rel=1e-9)
         assert noise == pytest.approx(1.1 * math.sqrt(level**2 - rho**2), rel=1e-8)
+    level, noise = raised(EDMChurn(noise=1.1, gamma=0.2))  # whatever the step
+    assert level == pytest.approx(1.2 * rho, rel=1e-9)
+    assert noise == pytest.approx(1.1 * math.sqrt(level**2 - rho**2), rel=1e-8)
     for outside in ({"start": 0.99 * rho}, {"stop": 1.01 * rho}):
         assert raised(EDMChurn(0.4, **outside)) == (pytest.approx(rho, rel=1e-12), 0.0)
     assert raised(EDMChurn(0.4, start=1.01 * rho, stop=0.99 * rho)) == raised(EDMChurn(0.4))
@@ -319,9 +322,11 @@ def test_churn_never_looks_beyond_the_noisiest_time(name):
     net = Function(lambda x, t: (seen.append(t), torch.zeros_like(x))[1])
     term = sdekit.ProbabilityFlow(sdekit.ScoreModel(net, sde))
     x, near = torch.zeros(2, 1, dtype=torch.float64), float(sde.time_at(sde.half_log_snr(sde.t_max) + 0.01))
-    EDMChurn(5.0).propose(term, times(sde.t_max, near), times(near, sde.t_min), x, counts(x), Path())
-    assert seen[0].tolist() == [sde.t_max, pytest.approx(sde.t_max, rel=1e-12)]
-    assert float(seen[0].max()) <= sde.t_max
+    for solver in (EDMChurn(5.0), EDMChurn(gamma=0.4)):
+        seen.clear()
+        solver.propose(term, times(sde.t_max, near), times(near, sde.t_min), x, counts(x), Path())
+        assert seen[0].tolist() == [sde.t_max, pytest.approx(sde.t_max, rel=1e-12)]
+        assert float(seen[0].max()) <= sde.t_max
 
 
 @pytest.mark.parametrize("churn", [0.25, 1.0, 2.0])
@@ -434,6 +439,9 @@ def test_bad_arguments_are_named():
             EDMChurn(**bad)
     with pytest.raises(ValueError, match=r"start=1.0, stop=2.0; 0 <= stop <= start"):
         EDMChurn(start=1.0, stop=2.0)
+    for gamma in (-0.1, 0.5, math.nan):
+        with pytest.raises(ValueError, match="S_churn / steps"):
+            EDMChurn(gamma=gamma)
 
 
 def test_increments_belong_to_their_sample_and_their_step():
