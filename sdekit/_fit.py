@@ -91,8 +91,8 @@ def check_grid_ends(controller: FixedGrid, begin_at: Tensor, end_at: Tensor) -> 
         raise ValueError(
             f"the grid runs from t={first!r} to t={last!r}, the solve from t0 to t_end; they must agree exactly: "
             + (
-                f"they differ by rounding only (the grid is {controller.times.dtype}): make the grid in float64, or set "
-                "its first and last time to the solve's."
+                f"they differ by rounding only (the grid is {controller.times.dtype}): make the grid in float64, or "
+                "set its first and last time to the solve's."
                 if near
                 else "flip the grid with .flip(0), or pass its own ends as t0 and t_end."
             )

@@ -120,22 +120,21 @@ def _as_precise(model: ScoreModel, u: Tensor) -> bool:
 def solve_density(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     """As `drive`: by short sums where that is possible, else by the loop.
 
-    Samples that come out not finite are solved again by the loop, which says where they failed; the others stay.
+    Where samples come out not finite, the loop says where they failed: it solves the batch again, as it was, and what
+    it finds for them is taken; the others stay.
     """
     if not usable(problem, carry, limits):
         return drive(problem, carry, limits)
     outcome = _Solve(problem, carry, limits).run()
     coarse = not _as_precise(problem.term.model, carry.z.u)  # known now; what that costs is booked by the loop
-    if coarse:
-        again = drive(problem, carry, limits)
-        return again._replace(calls=again.calls + outcome.calls, paid=again.paid + outcome.paid)
     finite = all_finite((outcome.carry.z.u, outcome.carry.z.log_det))
-    if outcome.error is not None or bool(finite.all()):
+    if not coarse and (outcome.error is not None or bool(finite.all())):
         return outcome
-    rows = (~finite).nonzero().squeeze(1)
-    again = drive(problem.take(rows), take(carry, rows), limits)
-    whole = put(outcome.carry, rows, again.carry)
-    return Outcome(whole, outcome.calls + again.calls, outcome.paid + again.paid, again.error, [])
+    again = drive(problem, carry, limits)
+    if not coarse:
+        rows = (~finite).nonzero().squeeze(1)
+        again = again._replace(carry=put(outcome.carry, rows, take(again.carry, rows)))
+    return again._replace(calls=again.calls + outcome.calls, paid=again.paid + outcome.paid)
 
 
 class _Solve:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._fit import check_method
-from ._tensor import all_finite, put, working
+from ._tensor import all_finite, put, take, working
 from .brownian import BrownianPath, IndependentIncrements
 from .controller import Controller, FixedGrid
 from .driver import Limits, check_limits, seconds_since, stops
@@ -146,8 +146,8 @@ def _played(
 ) -> Solution | None:
     """As `integrate` from the grid's first time to its last; None where the loop has to do it.
 
-    That is where the solve cannot be recorded, and where the budget does not reach. A sample that came out not finite
-    is solved again by the loop, which says where it failed; the others stay.
+    That is where the solve cannot be recorded, and where the budget does not reach. Where a sample came out not finite,
+    the loop says where it failed; the others stay.
     """
     limits = check_limits(max_evaluations, wall_time, progress, runtime, slots)._replace(keep_path=return_path)
     if not usable(solver, controller, term) or x0.numel() == 0 or slots is not None or runtime in GRAPHS:
@@ -199,18 +199,19 @@ def _again(
     path: BrownianPath | None,
     limits: Limits,
 ) -> tuple[Solution, NetworkError | None]:
-    """The solution with the samples `rows` solved again by the loop, and what stopped that."""
-    part = term.take(rows)
-    ends = (torch.full((len(rows),), controller.numbers[k], dtype=torch.float64, device=x0.device) for k in (0, -1))
-    s0, s_end = map(part.coordinate, ends)
-    noise = None if path is None else path.take(rows)
-    problem = Problem(part, solver, controller, s_end, noise, limits.max_evaluations)
-    found, error = carried(problem, s0, x0[rows], limits)
+    """The solution with what the loop finds for the samples `rows`, and what stopped that; the others stay.
+
+    It solves the batch as it was: what a network does to a sample may depend on its place, though it should not.
+    """
+    ends = (torch.full((len(x0),), controller.numbers[k], dtype=torch.float64, device=x0.device) for k in (0, -1))
+    s0, s_end = map(term.coordinate, ends)
+    problem = Problem(term, solver, controller, s_end, path, limits.max_evaluations)
+    found, error = carried(problem, s0, x0, limits)
     old, new, way = solution.stats, found.stats, found.path
     if way is not None and solution.path is not None:
         steps = torch.arange(solution.path.t.shape[1], device=x0.device).clamp(max=way.t.shape[1] - 1)
-        way = put(solution.path, rows, Path(way.t[:, steps], way.x[:, steps]))
-    each = put(_by_sample(solution), rows, _by_sample(found))
+        way = put(solution.path, rows, Path(way.t[rows[:, None], steps], way.x[rows[:, None], steps]))
+    each = put(_by_sample(solution), rows, take(_by_sample(found), rows))
     stats = Stats(*each.cost, old.calls + new.calls, old.paid + new.paid)
     return Solution(each.x, each.t, each.status, stats, solution.report, way), error
 

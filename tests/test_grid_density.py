@@ -127,7 +127,7 @@ def test_nan_is_of_its_own_sample_and_the_loop_says_where(solves):
     x = TARGET.sample(3)
 
     def act(call, x, label, answer):
-        bad = (x[:, 0] < -0.7) & (label < 0.5) & (label > 0.2)  # so far goes the second sample only
+        bad = (torch.arange(len(x)) == 1) & (label < 0.5) & (label > 0.2)
         return torch.where(bad[:, None], torch.nan, answer())
 
     model, _ = watched(MODEL, act)
@@ -135,8 +135,7 @@ def test_nan_is_of_its_own_sample_and_the_loop_says_where(solves):
     assert ours.status.tolist() == [Status.DONE, Status.NOT_FINITE, Status.DONE]
     assert torch.equal(ours.t, theirs.t)
     torch.testing.assert_close(ours.log_prob, theirs.log_prob, rtol=1e-12, atol=0.0, equal_nan=True)
-    assert ours.stats.calls == 12 + int(ours.stats.evaluations[1])  # the second once more, by itself
-    assert ours.stats.paid == 3 * 12 + int(ours.stats.evaluations[1])
+    assert ours.stats.calls == theirs.stats.calls + 12  # those in vain are counted
     solves.by_the_loop(False)
     whole = sdekit.log_likelihood(MODEL, x, nodes=12)
     for name in FIELDS:  # the others have the bits that they have without it
