@@ -144,10 +144,15 @@ class ScoreModel(nn.Module):
         dtype, net = self.network_dtype(x), self.net
         rows = label_rows(labels, x.shape[0], label_dtype(dtype), x.device)
         memory = self._memory.about(net)
+
+        def check(out: Any, seen: Tensor) -> Tensor:
+            return self._checked(out, seen, dtype)
+
+        def answer(seen: Tensor, number: int) -> Tensor:
+            return self._answer(seen, rows[number], dtype)
+
         if self._writes is False and x.dtype is dtype and (memory.shared is False or not keeps):
-            check = lambda out, seen: self._checked(out, seen, dtype)  # noqa: E731
             return trusting(net, rows, usable(self.bound), x.shape, dtype, check, keeps)
-        answer = lambda seen, number: self._answer(seen, rows[number], dtype)  # noqa: E731
         return watching(answer, memory) if keeps else answer
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
