@@ -222,7 +222,7 @@ def lengths(report: Report, quick: bool) -> None:
             added.append(1e6 * (ratio - 1) * floor * calls)
             floors.append(floor)
         slope, first = np.polyfit(counts, added, 1, w=[1 / calls for calls in counts])
-        share = slope / (1e6 * min(floors))
+        share = float(slope) / (1e6 * min(floors))
         table.rows.append([name, *added, first, slope, share])
         if name.startswith("sdekit"):
             report.goals.append(Goal(f"batch 1, a call without the solve's own share: {name}", 1.0 + share, high=1.15))
