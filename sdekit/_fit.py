@@ -84,7 +84,7 @@ def check_direction(term: Term, controller: Controller, s0: Tensor, s_end: Tenso
 
 def check_grid_ends(controller: FixedGrid, begin_at: Tensor, end_at: Tensor) -> None:
     """Raises ValueError unless the grid runs from `begin_at` to `end_at` (B,) exactly."""
-    first, last = float(controller.times[0]), float(controller.times[-1])
+    first, last = controller.numbers[0], controller.numbers[-1]
     if bool((begin_at != first).any() | (end_at != last).any()):
         near = torch.allclose(begin_at, torch.full_like(begin_at, first), rtol=1e-6, atol=0.0)
         near = near and torch.allclose(end_at, torch.full_like(end_at, last), rtol=1e-6, atol=0.0)

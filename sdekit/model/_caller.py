@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import NetworkError
 from ._seen import SHARES, WRITES, raised, share_memory, versions
 
-WATCHED = 4  # calls of a solve in which answers are looked at for a buffer that is used again
+_WATCHED = 4  # calls of a solve in which answers are looked at for a buffer that is used again
 Caller = Callable[[Tensor, int], Tensor]
 
 
@@ -54,7 +54,7 @@ def watching(answer: Callable[[Tensor, int], Tensor], memory: Memory) -> Caller:
 
     def call(seen: Tensor, number: int) -> Tensor:
         out = answer(seen, number)
-        if len(first) < WATCHED:
+        if len(first) < _WATCHED:
             memory.shared = memory.shared or any(share_memory(out, other) for other in first) or None
             first.append(out)
             return out.clone()
@@ -97,9 +97,9 @@ def trusting(
         if (versions(seen, bound) if bound else seen._version) != version:
             raise NetworkError(WRITES)
         answer: Tensor = out if usual else check(out, seen)
-        if number < WATCHED and keeps:
+        if number < _WATCHED and keeps:
             first.append(answer)
-            if number == WATCHED - 1 and any(starmap(share_memory, combinations(first, 2))):
+            if number == _WATCHED - 1 and any(starmap(share_memory, combinations(first, 2))):
                 raise NetworkError(SHARES)
         return answer
 
