@@ -5,9 +5,10 @@ No state is kept anywhere. A 64-bit word is the finaliser of SplitMix64 applied 
     key(seed, stream, index)  ->  key(.., counter)  ->  word(.., lane),
 
 each arrow one application of the finaliser to the sum of what came before and a multiple of an odd constant. All of
-it is int64 arithmetic that wraps, so integers and signs agree to the bit on every device; normals (Box-Muller in
-float64) to rounding. On the CPU numpy does it, in place and in blocks that stay in the cache, two to four times as
-fast; the logarithms, sines and cosines are torch's there too.
+it is int64 arithmetic that wraps, so integers and signs agree to the bit on every device; normals (Box-Muller) to
+rounding. Those of float64 are computed in it; all others are the same numbers in float32, but for the logarithm, which
+of a number next to 1 would lose most of its digits. On the CPU numpy does it, in place and in blocks that stay in the
+cache, two to four times as fast; in float64, logarithms, sines and cosines are torch's there too.
 
 Source: Steele, Lea and Flood 2014, fast splittable pseudorandom number generators.
 """
@@ -35,6 +36,7 @@ _UNUSED = 11  # lowest bits of a word, that a float64 has no place for
 _TWO_53 = 2.0**-53
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # words at once on the CPU: what is computed of them stays in the cache
+_TURN = 2.0 * math.pi * _TWO_53
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _TABLE = 1 << 12  # lanes, at most, that are kept as numbers on a device
 _FEW = 4  # of so few numbers Python's own arithmetic is faster
@@ -118,7 +120,12 @@ def _lanes_on(device: torch.device, count: int) -> Tensor:
 
 def _units(words: _Words) -> _Reals:
     """Uniforms on (0, 1] from words that are still to be finalised, which it is done to in place."""
-    np.right_shift(_finalise_host(words), _HOST_UNUSED, out=words)
+    return _host_unit(_finalise_host(words))
+
+
+def _host_unit(words: _Words) -> _Reals:
+    """Uniforms on (0, 1] from words, which are written to."""
+    np.right_shift(words, _HOST_UNUSED, out=words)
     drawn: _Reals = words.view(np.int64).astype(np.float64)
     drawn += 1.0
     drawn *= _TWO_53
@@ -140,10 +147,32 @@ def _counted(keys: Tensor, counter: Tensor) -> _Words:
     return _finalise_host(_host(keys) + (_host(counter) + np.uint64(1)) * _HOST_GAMMA)
 
 
+def _host_double(words: _Words) -> tuple[Any, Any, Any]:
+    """Radii, and cosines and sines of angles, from (2, ..) words that are still to be finalised."""
+    radius, angle = _units(words)
+    torch.from_numpy(radius).log_()
+    radius *= -2.0
+    angle *= 2.0 * math.pi
+    cosine, sine = torch.from_numpy(angle).cos().numpy(), torch.from_numpy(angle).sin_().numpy()
+    return np.sqrt(radius, out=radius), cosine, sine
+
+
+def _host_single(words: _Words) -> tuple[Any, Any, Any]:
+    """As `_host_double`, to float32's rounding."""
+    _finalise_host(words)
+    angle = (words[1].view(np.int64) >> _UNUSED).astype(np.float32)  # by its sign within half a turn of 0
+    angle *= np.float32(_TURN)
+    square = _host_unit(words[0])
+    np.log(square, out=square)
+    square *= -2.0
+    radius = square.astype(np.float32)
+    return np.sqrt(radius, out=radius), np.cos(angle), np.sin(angle)
+
+
 def _host_normal(here: _Words, size: int, dtype: torch.dtype) -> Tensor:
-    """(B, size) normals, computed in float64, block by block."""
-    pairs = -(-size // 2)
-    out = np.empty((len(here), 2 * pairs), _NUMPY.get(dtype, np.float64))
+    """(B, size) normals, block by block."""
+    pairs, double = -(-size // 2), dtype is torch.float64
+    out = np.empty((len(here), 2 * pairs), np.float64 if double else np.float32)
     drawn = out.reshape(len(here), 2, pairs)
     lanes = _lanes(2 * pairs).reshape(2, 1, pairs)
     across = max(1, min(pairs, _BLOCK // 2))
@@ -151,14 +180,10 @@ def _host_normal(here: _Words, size: int, dtype: torch.dtype) -> Tensor:
     for top in range(0, len(here), down):
         for left in range(0, pairs, across):
             part = (slice(top, top + down), slice(left, left + across))
-            radius, angle = _units(here[part[0]].reshape(-1, 1) + lanes[:, :, part[1]])
-            torch.from_numpy(radius).log_()
-            radius *= -2.0
-            np.sqrt(radius, out=radius)
-            angle *= 2.0 * math.pi
-            cosine, sine = torch.from_numpy(angle).cos().numpy(), torch.from_numpy(angle).sin_().numpy()
-            np.multiply(radius, cosine, out=drawn[part[0], 0, part[1]], casting="same_kind")
-            np.multiply(radius, sine, out=drawn[part[0], 1, part[1]], casting="same_kind")
+            words = here[part[0]].reshape(-1, 1) + lanes[:, :, part[1]]
+            radius, cosine, sine = _host_double(words) if double else _host_single(words)
+            np.multiply(radius, cosine, out=drawn[part[0], 0, part[1]])
+            np.multiply(radius, sine, out=drawn[part[0], 1, part[1]])
     made = torch.from_numpy(out if size == 2 * pairs else out[:, :size])
     return made if made.dtype is dtype else made.to(dtype)
 
@@ -216,13 +241,16 @@ def rademacher(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> 
 
 
 def normal(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """(B, size) independent standard normals, computed in float64 by Box and Muller's transform."""
+    """(B, size) independent standard normals by Box and Muller's transform, the same to rounding for every dtype."""
     if _on_host(keys) and _on_host(counter):
         return _host_normal(_counted(keys, counter), size, dtype)
-    pairs = -(-size // 2)
-    drawn = uniforms(keys, counter, 2 * pairs)  # above 0: it has a logarithm
-    radius = (-2.0 * drawn[:, :pairs].log()).sqrt()
-    angle = 2.0 * math.pi * drawn[:, pairs:]
+    pairs, kind = -(-size // 2), torch.float64 if dtype is torch.float64 else torch.float32
+    drawn = words(keys, counter, 2 * pairs)
+    radius = (-2.0 * _unit(drawn[:, :pairs]).log()).to(kind).sqrt()
+    if kind is torch.float64:
+        angle = 2.0 * math.pi * _unit(drawn[:, pairs:])
+    else:
+        angle = torch.bitwise_right_shift(drawn[:, pairs:], _UNUSED).to(kind) * _TURN
     return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :size].to(dtype)
 
 
@@ -240,7 +268,12 @@ def uniforms(keys: Tensor, counter: Tensor, size: int) -> Tensor:
     """(B, size) independent float64 uniforms on (0, 1]."""
     if _on_host(keys) and _on_host(counter):
         return torch.from_numpy(_units(_counted(keys, counter)[:, None] + _lanes(size)))
-    return (_shift(words(keys, counter, size), _UNUSED).double() + 1.0) * _TWO_53
+    return _unit(words(keys, counter, size))
+
+
+def _unit(words: Tensor) -> Tensor:
+    """Float64 uniforms on (0, 1] from words: above 0, they have a logarithm."""
+    return (_shift(words, _UNUSED).double() + 1.0) * _TWO_53
 
 
 def uniform(keys: Tensor, counter: Tensor) -> Tensor:

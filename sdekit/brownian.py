@@ -127,7 +127,7 @@ class IndependentIncrements(Draws):
         counters = [step * _LANES + lane for *_, step, lane in asked]
         sizes = [(abs(s1 - s0) / parts[kind]) ** 0.5 if kind in parts else 1.0 for kind, s0, s1, *_ in asked]
         counter = sent(counters, torch.int64, each.device).repeat_interleave(len(self))
-        drawn = _random.normal(each, counter, like.shape[1:].numel(), torch.float64).reshape(len(asked), *like.shape)
+        drawn = _normal(each, counter, like).reshape(len(asked), *like.shape)
         return drawn.mul_(column(sent(sizes, torch.float64, each.device), drawn)).to(like.dtype)
 
     def take(self, rows: Tensor) -> IndependentIncrements:
@@ -143,5 +143,6 @@ class IndependentIncrements(Draws):
 
 
 def _normal(keys: Tensor, counter: Tensor, like: Tensor) -> Tensor:
-    """Standard normals, float64, in the shape of `like`."""
-    return _random.normal(keys, counter, like.shape[1:].numel(), torch.float64).reshape(like.shape)
+    """(N, *event) standard normals for events of `like`, in float32 where that is coarser: they are multiplied yet."""
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return _random.normal(keys, counter, like.shape[1:].numel(), dtype).reshape(keys.shape[0], *like.shape[1:])

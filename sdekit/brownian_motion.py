@@ -128,12 +128,13 @@ class BrownianMotion(Draws):
         """
         (count, batch, _), size = nodes.shape, like.shape[1:].numel()
         total = torch.zeros(weights.shape[1], batch, 2, size, dtype=torch.float64, device=like.device)
+        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
         together = max(1, _AT_ONCE.get(like.device.type, _AT_ONCE_ELSEWHERE) // max(1, 4 * batch * size))
         for first in range(0, count, together):
             here = nodes[first : first + together]
             keys = self._keys[:, None].expand_as(here).flatten()
             # Counters -1 - node: those of IndependentIncrements, on the same stream, are not negative.
-            drawn = _random.normal(keys, ~here.flatten(), 2 * size, torch.float64)
+            drawn = _random.normal(keys, ~here.flatten(), 2 * size, dtype)
             products = weights[first : first + together, ..., None] * drawn.reshape(len(here), 1, batch, 2, 2, size)
             for term in (products[..., 0, :] + products[..., 1, :]).unbind():
                 total += term

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -82,26 +83,61 @@ def test_what_numpy_draws_on_the_cpu_is_what_torch_draws_elsewhere(count, size, 
         )
         exact = [keys, _random.words(keys, counter, size), _random.uniforms(keys, counter, size)]
         exact.append(_random.rademacher(keys, counter, size, torch.float32))
-        return exact, _random.normal(keys, counter, size, torch.float64)
+        return exact, [_random.normal(keys, counter, size, dtype) for dtype in (torch.float64, torch.float32)]
 
-    host, host_normals = drawn()
+    host, (host_double, host_single) = drawn()
     monkeypatch.setattr(_random, "_on_host", lambda keys: False)
-    device, device_normals = drawn()
+    device, (device_double, device_single) = drawn()
     assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(host, device, strict=True))
-    torch.testing.assert_close(host_normals, device_normals, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(host_double, device_double, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(host_single, device_single, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normals_of_fewer_digits_are_those_of_float64_to_rounding(dtype, on_host, monkeypatch):
+    if not on_host:
+        monkeypatch.setattr(_random, "_on_host", lambda keys: False)
+    keys = _random.sample_keys(4, Stream.BROWNIAN, torch.arange(500))
+    single, double = (_random.normal(keys, torch.zeros_like(keys), 999, kind) for kind in (dtype, torch.float64))
+    assert single.dtype is dtype
+    # An angle within half a turn of 0 is rounded by 2^-23 at most, times a radius below 6; then the number itself is.
+    assert float((single.double() - double).abs().max()) < 6.0 * 2.0**-22 + 3.0 * torch.finfo(dtype).eps
+
+
+def test_a_radius_keeps_its_digits_where_its_uniform_is_next_to_1(monkeypatch):
+    # In float32, u = 1 - 2^-30 would be 1, and its radius 0.
+    monkeypatch.setattr(_random, "_finalise_host", lambda words: words)
+    word = ((1 << 53) - (1 << 23) - 1) << 11
+    radius = _random._host_single(np.array([[word], [word]], np.uint64))[0]
+    assert float(radius[0]) == pytest.approx(math.sqrt(-2.0 * math.log1p(-(2.0**-30))), rel=1e-6)
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 @given(order=st.permutations(range(8)), size=st.integers(1, 9), seed=st.integers(0, 10**9))
 def test_a_samples_numbers_do_not_depend_on_its_batch(draw, order, size, seed):
     indices, counter = torch.arange(8) * 1000 + 3, torch.arange(8) * 5
-    together = draw(_random.sample_keys(seed, Stream.PROBE, indices), counter, size, torch.float64)
     rows = torch.tensor(order)
-    shuffled = draw(_random.sample_keys(seed, Stream.PROBE, indices[rows]), counter[rows], size, torch.float64)
-    assert torch.equal(shuffled, together[rows])
     pick = rows[:1]
-    alone = draw(_random.sample_keys(seed, Stream.PROBE, indices[pick]), counter[pick], size, torch.float64)
-    assert torch.equal(alone, together[pick])
+    for dtype in (torch.float64, torch.float32):
+        together = draw(_random.sample_keys(seed, Stream.PROBE, indices), counter, size, dtype)
+        shuffled = draw(_random.sample_keys(seed, Stream.PROBE, indices[rows]), counter[rows], size, dtype)
+        assert torch.equal(shuffled, together[rows])
+        alone = draw(_random.sample_keys(seed, Stream.PROBE, indices[pick]), counter[pick], size, dtype)
+        assert torch.equal(alone, together[pick])
+
+
+def test_functions_of_numpy_round_a_number_alike_at_every_place():
+    # What `_host_single` takes of numpy: vectors, and the numbers that fill none, by the same code.
+    drawn = np.random.default_rng(0)
+    uniform = drawn.random(4099)
+    angle = ((drawn.random(4099) - 0.5) * 2.0 * math.pi).astype(np.float32)
+    for function, x in ((np.log, uniform), (np.cos, angle), (np.sin, angle), (np.sqrt, uniform.astype(np.float32))):
+        whole = function(x)
+        for start in (*range(1, 70), 4000):
+            assert np.array_equal(function(x[start:]), whole[start:])
+            assert np.array_equal(function(x[:start]), whole[:start])
+        assert all(function(x[i : i + 1])[0] == whole[i] for i in range(4099))
 
 
 @given(
@@ -165,28 +201,29 @@ def test_neighbouring_samples_counters_lanes_and_seeds_are_uncorrelated():
             assert abs(float((one * other).mean())) * math.sqrt(one.numel()) < 5.5
 
 
-def normals(count=400_000):
-    keys = _random.sample_keys(11, Stream.PRIOR, torch.arange(count // 100))
-    return _random.normal(keys, torch.zeros_like(keys), 100, torch.float64).flatten()
+@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
+def normals(request):
+    keys = _random.sample_keys(11, Stream.PRIOR, torch.arange(4000))
+    return _random.normal(keys, torch.zeros_like(keys), 100, request.param).flatten().double()
 
 
-def test_normals_have_the_moments_of_the_normal_law():
+def test_normals_have_the_moments_of_the_normal_law(normals):
     # Four moments beyond 5.5 standard errors: false alarm 2e-7. Var of x^k is E x^2k - (E x^k)^2.
-    x = normals()
+    x = normals
     for power, mean, variance in ((1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)):
         assert abs(float((x**power).mean()) - mean) < 5.5 * math.sqrt(variance / x.numel()), power
 
 
-def test_normals_fill_a_hundred_equal_cells_evenly():
+def test_normals_fill_a_hundred_equal_cells_evenly(normals):
     # Chi-square with 99 degrees of freedom: false alarm 1e-7 on either side.
-    cells = torch.histc(torch.special.ndtr(normals()), 100, 0.0, 1.0)
+    cells = torch.histc(torch.special.ndtr(normals), 100, 0.0, 1.0)
     statistic = float(((cells - 4000.0) ** 2 / 4000.0).sum())
     assert chi2.ppf(1e-7, 99) < statistic < chi2.isf(1e-7, 99)
 
 
-def test_normals_have_their_tail():
+def test_normals_have_their_tail(normals):
     # Beyond 3.5: 400,000 * 4.65e-4 = 186 expected, Poisson: within 6 standard deviations, false alarm 1e-8.
-    x = normals()
+    x = normals
     expected = x.numel() * math.erfc(3.5 / math.sqrt(2.0))
     assert abs(float((x.abs() > 3.5).sum()) - expected) < 6.0 * math.sqrt(expected)
     assert 4.2 < float(x.abs().max()) < 6.5
