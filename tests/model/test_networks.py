@@ -301,6 +301,7 @@ def test_what_was_solved_before_a_backward_pass_failed_is_kept(how, words, said)
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch's own tracing
+@pytest.mark.filterwarnings("ignore:the network was compiled by torch.compile and its weights")
 def test_a_compiled_network_has_no_second_derivative(frozen):
     net = Weighed().double().requires_grad_(not frozen)
     compiled = torch.compile(net, backend="aot_eager")
@@ -310,6 +311,31 @@ def test_a_compiled_network_has_no_second_derivative(frozen):
     torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-9)
     with pytest.raises(sdekit.NetworkError, match=r"compiled by torch.compile, which has no second derivative"):
         found.sum().backward()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch's own tracing
+def test_a_compiled_network_whose_weights_have_gradients_made_too_is_told_once(wrapped):
+    class Wrapped(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, label):
+            return self.net(x, label)
+
+    def compiled(net):
+        made = torch.compile(net.double(), backend="aot_eager")
+        return model_of(Wrapped(made) if wrapped else made)
+
+    model = compiled(Weighed())
+    with pytest.warns(
+        sdekit.errors.SdekitWarning, match=r"1.4 to 2.4 times the time .* Call net.requires_grad_\(False\)"
+    ):
+        sdekit.log_likelihood(model, X, nodes=6)
+    sdekit.log_likelihood(model, X, nodes=6)  # warnings are errors here
+    sdekit.log_likelihood(compiled(Weighed().requires_grad_(False)), X, nodes=6)
+    sdekit.sample(compiled(Weighed()), (2, 2), steps=4)  # no products, no gradients
 
 
 def test_a_compiled_network_is_saved_as_the_one_it_was_made_from(tmp_path):
