@@ -13,9 +13,9 @@ from sdekit._random import Stream
 pytestmark = pytest.mark.gpu
 
 
-def on(device, law, size=200):
+def on(device, law, size=200, dtype=torch.float64):
     keys = _random.sample_keys(2026, Stream.PROBE, torch.arange(64, device=device))
-    return law(keys, torch.arange(64, device=device), size, torch.float64).cpu()
+    return law(keys, torch.arange(64, device=device), size, dtype).cpu()
 
 
 def test_integers_and_signs_agree_to_the_bit():
@@ -28,6 +28,8 @@ def test_integers_and_signs_agree_to_the_bit():
 
 def test_normals_and_spheres_agree_to_rounding():
     torch.testing.assert_close(on("cuda", _random.normal), on("cpu", _random.normal), rtol=1e-12, atol=1e-13)
+    single = [on(device, _random.normal, dtype=torch.float32) for device in ("cuda", "cpu")]
+    torch.testing.assert_close(*single, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(on("cuda", _random.sphere), on("cpu", _random.sphere), rtol=1e-12, atol=1e-13)
 
 
