@@ -129,7 +129,9 @@ class BrownianMotion(Draws):
         (count, batch, _), size = nodes.shape, like.shape[1:].numel()
         total = torch.zeros(weights.shape[1], batch, 2, size, dtype=torch.float64, device=like.device)
         dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-        together = max(1, _AT_ONCE.get(like.device.type, _AT_ONCE_ELSEWHERE) // max(1, 4 * batch * size))
+        together = count
+        if type(batch) is int:  # else it is left open in a trace, and what is drawn at once is the compiler's choice
+            together = max(1, _AT_ONCE.get(like.device.type, _AT_ONCE_ELSEWHERE) // max(1, 4 * batch * size))
         for first in range(0, count, together):
             here = nodes[first : first + together]
             keys = self._keys[:, None].expand_as(here).flatten()

@@ -197,6 +197,16 @@ def plain_pieces(monkeypatch):
     monkeypatch.setattr(compiled, "_programs", OrderedDict())
 
 
+@pytest.mark.parametrize("slots", [None, 3])
+def test_noise_with_step_control_is_compiled_too(slots, monkeypatch):
+    plain_pieces(monkeypatch)
+    options = {"eta": 1.0, "controller": sdekit.PID(1e-2, 1e-2), "dtype": torch.float64}
+    eager = sdekit.sample(EXACT, (7, 3), **options)
+    fast = sdekit.sample(EXACT, (7, 3), runtime="compile", slots=slots, **options)  # a warning would be an error
+    torch.testing.assert_close(fast.x, eager.x, rtol=0.0, atol=1e-10)
+    assert torch.equal(fast.stats.evaluations, eager.stats.evaluations)
+
+
 @pytest.mark.parametrize("how", ["compile", "compiled again"])
 def test_rounding_is_booked_in_the_first_compiled_solve_of_a_network_too(how, monkeypatch):
     plain_pieces(monkeypatch)
