@@ -70,6 +70,8 @@ def require_float64(device: torch.device) -> None:
 def choose_device(module: nn.Module, device: torch.device | str | None) -> torch.device:
     """`device`, or that of the module's parameters, or the CPU; checked to know float64 and to have the parameters."""
     parameter = next(module.parameters(), None)
+    if parameter is not None and parameter.is_meta:
+        raise ValueError("the network's parameters are on the meta device and hold no numbers: load its weights first.")
     if device is None:
         device = parameter.device if parameter is not None else torch.device("cpu")
         if device.type in _WITH_FLOAT64:

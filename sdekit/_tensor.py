@@ -193,6 +193,19 @@ def _summed(tree: Any) -> Numbers | None:
     return total
 
 
+def rounds_products(x: Tensor) -> bool:
+    """Whether torch may round matrix products of tensors like `x` to less than their own precision.
+
+    By autocast around a solve, or TF32 on CUDA: meant for networks, and a thousand times too coarse for a step's sums.
+    """
+    if x.dtype is torch.float64:
+        return False
+    try:
+        return torch.is_autocast_enabled(x.device.type) or (x.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # it was set by torch's newer switches, which do not answer to this name
+        return True
+
+
 def flatten(x: Tensor) -> Tensor:
     """`x` of shape (B, *event) as (B, D); D = 1 for scalar events, and empty batches keep their D."""
     size = 1

@@ -141,6 +141,8 @@ def _step(problem: Problem, carry: Carry, own: list[Tensor], fused: bool) -> tup
 
     if not fused:
         return eager, None
+    if not problem.term.model.knows_precision(batch_of(carry.z)):
+        eager()  # what the network rounds its answers to is a part of the step
     try:
         program = compiled(problem, carry)
     except CannotCompileError as error:

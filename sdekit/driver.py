@@ -65,6 +65,22 @@ def check_limits(
     return Limits(max_evaluations, wall_time, progress, False, runtime, slots)
 
 
+class Seen(NamedTuple):
+    """What an advance left of those in work.
+
+    Attributes:
+        rows: (b,) which of all samples they are; None: all.
+        accepted: (b,) int64 accepted steps.
+        s: (b,) float64.
+        z: The states.
+    """
+
+    rows: Tensor | None
+    accepted: Tensor
+    s: Tensor
+    z: Any
+
+
 class Outcome(NamedTuple):
     """The final carry, what it cost, the error that stopped the solve, if one did, and the path.
 
@@ -73,14 +89,14 @@ class Outcome(NamedTuple):
         calls: Network calls.
         paid: Rows of all these calls together: evaluations computed, needed or not.
         error: What stopped the solve, if something did.
-        seen: What every advance left: (accepted steps (B,), s (B,), z), where it was to be kept.
+        seen: What every advance left, the start first, where it was to be kept.
     """
 
     carry: Carry
     calls: int
     paid: int
     error: NetworkError | None
-    seen: list[tuple[Tensor, Tensor, Any]]
+    seen: list[Seen]
 
 
 def seconds_since(began: float, like: Tensor) -> float:
@@ -121,7 +137,7 @@ def drive(problem: Problem, carry: Carry, limits: Limits) -> Outcome:
 
 def _driven(work: _Work, problem: Problem, carry: Carry, limits: Limits) -> Outcome:
     calls, paid = 0, 0
-    seen = [(carry.accepted, carry.s, carry.z)] if limits.keep_path else []
+    seen = [Seen(None, carry.accepted, carry.s, carry.z)] if limits.keep_path else []
     began = clock.monotonic()
     start, span = float(carry.s.sum()), float((problem.s_end - carry.s).sum())
     bar = tqdm(total=100.0, disable=not limits.progress, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
@@ -133,12 +149,10 @@ def _driven(work: _Work, problem: Problem, carry: Carry, limits: Limits) -> Outc
             size = work.advance()
             calls += problem.solver.evaluations
             paid += size * problem.solver.evaluations
-            if limits.progress or limits.keep_path:
-                here = work.all()
             if limits.keep_path:
-                seen.append((here.accepted, here.s, here.z))
+                seen.append(work.seen())
             if limits.progress:
-                bar.update(100.0 * (float(here.s.sum()) - start) / span - bar.n if span else 0.0)
+                bar.update(100.0 * (work.reached() - start) / span - bar.n if span else 0.0)
     whole = work.all()
     if stop.status is not None:
         left = torch.where(whole.status == Status.RUNNING, int(stop.status), whole.status)
@@ -193,6 +207,16 @@ class _Work:
     def all(self) -> Carry:
         """The carry of all samples."""
         return self._with(self._step.carry())
+
+    def seen(self) -> Seen:
+        """What there is to keep of those in work."""
+        carry = self._step.carry()
+        return Seen(self.rows, carry.accepted, carry.s, carry.z)
+
+    def reached(self) -> float:
+        """The sum of all samples' s."""
+        s = self._step.carry().s
+        return float((s if self.rows is None else put(self._whole.s, self.rows, s)).sum())
 
     def close(self) -> None:
         """Ends the work."""

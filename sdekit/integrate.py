@@ -13,7 +13,7 @@ from ._fit import check_direction, check_grid_ends, check_method, check_path, ch
 from ._tensor import working
 from .brownian import BrownianPath
 from .controller import Controller, FixedGrid
-from .driver import Limits, check_limits, drive
+from .driver import Limits, Seen, check_limits, drive
 from .errors import NetworkError, PartialResultWarning, SolveError
 from .loop import Problem, begin
 from .runtime import Runtime
@@ -22,19 +22,22 @@ from .solver.base import Solver
 from .terms import Term
 
 
-def path_of(term: Term, seen: list[tuple[Tensor, Tensor, Any]], x0: Tensor) -> Path:
+def path_of(term: Term, seen: list[Seen], x0: Tensor) -> Path:
     """The states on the way, by the number of accepted steps; those that were not accepted are not seen twice."""
-    last = seen[-1][0]
-    if not last.numel():
-        return Path(seen[-1][1][:, None], x0[:, None])
+    every = torch.arange(x0.shape[0], device=x0.device)
+    if not every.numel():
+        return Path(seen[0].s[:, None], x0[:, None])
+    last = seen[0].accepted.clone()
+    for some, accepted, _, _ in seen[1:]:
+        last[every if some is None else some] = accepted
     length = int(last.max()) + 1
-    rows = torch.arange(last.shape[0], device=last.device)
     t = torch.zeros(last.shape[0], length, dtype=torch.float64, device=last.device)
     x = x0.new_zeros(x0.shape[0], length, *x0.shape[1:])
-    for accepted, s, z in seen:
+    for some, accepted, s, z in seen:
+        rows = every if some is None else some
         t[rows, accepted], x[rows, accepted] = term.time(s), term.leave(z, s).to(x0.dtype)
     place = torch.minimum(torch.arange(length, device=last.device), last[:, None])
-    return Path(torch.take_along_dim(t, place, 1), x[rows[:, None], place])
+    return Path(torch.take_along_dim(t, place, 1), x[every[:, None], place])
 
 
 def integrate(

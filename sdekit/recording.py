@@ -191,7 +191,7 @@ def _run(term: Term, solver: Solver, controller: FixedGrid, rows: int, first: in
     states: list[Tensor] = []
     reached: list[Tensor] = []
     before: list[int] = []
-    for accepted, s, z in outcome.seen:
+    for _, accepted, s, z in outcome.seen:
         if int(accepted[0]) == len(states):
             states.append(equation.leave(z, s)[:, 0])
             reached.append(equation.time(s)[0])

@@ -27,12 +27,11 @@ from .errors import SdekitWarning
 from .ledger import Ledger
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .loop import Carry, Problem, Stray, advance, still_running
-from .parts import CannotCompileError, own_parts
+from .parts import CannotCompileError, kind, own_parts
 from .pid import PID
 from .solver.adams import Adams
 from .solver.base import batch_of
 from .solver.runge_kutta import RungeKutta
-from .tracing import Program
 
 Runtime = Literal["auto", "eager", "compile", "graph", "compiled-graph"]
 GRAPHS = ("graph", "compiled-graph")
@@ -79,8 +78,7 @@ def stepper(runtime: Runtime, problem: Problem, carry: Carry) -> Step:
     try:
         if runtime in GRAPHS and not carry.s.is_cuda:
             raise CannotCompileError(f"its samples are on {str(carry.s.device)!r}, and only CUDA has graphs")
-        fused = runtime == "compiled-graph"
-        step = Captured(fused) if runtime in GRAPHS else Compiled(compiled(problem, carry))
+        step = Captured(runtime == "compiled-graph") if runtime in GRAPHS else Compiled(problem, carry)
     except CannotCompileError as error:
         _warn(runtime, error)
         return at_work(Eager(), runtime, problem, carry)
@@ -157,22 +155,44 @@ class Eager:
 class Compiled:
     """Fused between network calls.
 
+    What the network rounds its answers to is a part of the step and shows when it is asked. So for one that was not
+    asked yet the first step is made operation by operation, and compiled after it.
+
     Args:
-        program: From `compiled`.
+        problem: Whose kind is compiled.
+        carry: Where its samples are.
+
+    Raises:
+        CannotCompileError: With the reason.
     """
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, problem: Problem, carry: Carry) -> None:
+        kind(problem, carry)  # says so at once if there is none
+        self._asked = problem.term.model.knows_precision(batch_of(carry.z))
+        self._program = compiled(problem, carry) if self._asked else None
 
     def enter(self, problem: Problem, carry: Carry) -> None:
-        self._term, self._like = problem.term, carry
+        self._problem, self._like = problem, carry
         self._dtype = problem.term.model.network_dtype(batch_of(carry.z))
         self._given = [part.contiguous() for part in own_parts(problem)]  # as the trace had them
         self._leaves = [leaf.contiguous() for leaf in leaves(carry)]
 
     def advance(self) -> Tensor:
-        *self._leaves, left = run(self._program, self._term, self._dtype, (*self._given, *self._leaves))
+        if self._program is None:
+            return self._by_operations()
+        *self._leaves, left = run(self._program, self._problem.term, self._dtype, (*self._given, *self._leaves))
         return left
+
+    def _by_operations(self) -> Tensor:
+        carry = advance(self._problem, self.carry())
+        self._leaves = [leaf.contiguous() for leaf in leaves(carry)]
+        if not self._asked:
+            self._asked = True
+            try:
+                self._program = compiled(self._problem, carry)
+            except CannotCompileError as error:
+                _warn("compile", error)
+        return still_running(carry)
 
     def carry(self) -> Carry:
         return rebuilt(self._like, self._leaves)

@@ -8,6 +8,7 @@ from helpers import SDES, draw, mixture, watched
 
 import sdekit
 from sdekit import Status
+from sdekit._memory import counted
 
 SDE = SDES["vp"]
 TARGET = mixture(4, 6, count=5)
@@ -118,6 +119,15 @@ def test_the_path_and_the_bar_show_all_samples(capsys):
     assert "100%" in capsys.readouterr().err
     torch.testing.assert_close(slotted.path.x, whole.path.x, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(slotted.path.t, whole.path.t, rtol=1e-12, atol=0.0)
+
+
+def test_a_path_takes_no_more_memory_with_slots():
+    def taken(count, slots):
+        options = {"controller": sdekit.PID(1e-2, 1e-2), "return_path": True, "denoise": False}
+        return counted(lambda: sdekit.sample(MODEL, (count, 4), slots=slots, **options))[1]
+
+    assert taken(256, 8) < 1.5 * taken(256, None)
+    assert taken(512, 8) < 2.5 * taken(256, 8)
 
 
 def test_the_callers_samples_are_not_written_to():

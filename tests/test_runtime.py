@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import SDES, Function, draw, mixture, perceptron, seeded, watched
 from torch import nn
 
 import sdekit
-from sdekit import Status, compiled, driver
+from sdekit import Status, compiled, driver, tracing
 from sdekit.solver import newton
 
 SDE = SDES["vp"]
@@ -202,6 +203,48 @@ def test_what_is_made_of_solves_hands_runtime_and_slots_on(name, monkeypatch):
     assert torch.equal(eager, other)
     if name != "sandwich":
         torch.testing.assert_close(solve(x, slots=2), eager, rtol=0, atol=1e-9)
+
+
+def plain_pieces(monkeypatch):
+    """Has pieces run operation by operation, as they were traced: no compiler is needed."""
+    monkeypatch.setattr(tracing, "fused", lambda piece, given: piece)
+    monkeypatch.setattr(compiled, "_programs", OrderedDict())
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_noise_with_step_control_is_compiled_too(slots, monkeypatch):
+    plain_pieces(monkeypatch)
+    options = {"eta": 1.0, "controller": sdekit.PID(1e-2, 1e-2), "dtype": torch.float64}
+    eager = sdekit.sample(EXACT, (7, 3), **options)
+    fast = sdekit.sample(EXACT, (7, 3), runtime="compile", slots=slots, **options)  # a warning would be an error
+    torch.testing.assert_close(fast.x, eager.x, rtol=0.0, atol=1e-10)
+    assert torch.equal(fast.stats.evaluations, eager.stats.evaluations)
+
+
+@pytest.mark.parametrize("how", ["compile", "compiled again"])
+def test_rounding_is_booked_in_the_first_compiled_solve_of_a_network_too(how, monkeypatch):
+    plain_pieces(monkeypatch)
+    net, x = perceptron(3, 2).float(), draw(1, 5, 3).float()
+    models = [sdekit.ScoreModel(Function(lambda x, label: net(x, label).bfloat16()), SDE) for _ in range(2)]
+    options = {"solver": sdekit.Dopri5(), "tolerance": 1.0, "throw": False}
+    eager = sdekit.log_likelihood(models[0], x, **options)
+    if how == "compiled again":
+        sdekit.log_likelihood(models[1], x, runtime="compile", **options)
+    fast = sdekit.log_likelihood(models[1], x, runtime="compile", **options)
+    torch.testing.assert_close(fast.rounding, eager.rounding, rtol=1e-5, atol=0.0)
+    assert fast.stats.calls == eager.stats.calls
+
+
+def test_a_compiler_that_fails_after_the_first_step_is_named(monkeypatch):
+    def fails(piece, given):
+        raise OSError("no compiler here")
+
+    plain_pieces(monkeypatch)
+    monkeypatch.setattr(tracing, "fused", fails)
+    x = draw(1, 5, 3)
+    with pytest.warns(sdekit.SdekitWarning, match="no compiler here.*It runs eagerly"):
+        fast = sdekit.log_likelihood(TARGET.score_model(SDE), x, runtime="compile")
+    torch.testing.assert_close(fast.log_prob, sdekit.log_likelihood(EXACT, x).log_prob, rtol=0.0, atol=1e-9)
 
 
 def test_a_runtime_that_there_is_not_is_refused():

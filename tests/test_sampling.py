@@ -335,6 +335,12 @@ def test_arguments_that_do_not_fit_are_refused(error, message, options):
         sdekit.sample(MODEL, **{"shape": (2, 3), **options})
 
 
+def test_a_network_without_numbers_is_refused():
+    model = sdekit.ScoreModel(perceptron(3, 2).to("meta"), SDES["vp"])
+    with pytest.raises(ValueError, match="meta device"):
+        sdekit.sample(model, (2, 3))
+
+
 @pytest.mark.parametrize("solver", [sdekit.Heun(), sdekit.Adams(3), sdekit.RK4()])
 def test_a_solver_that_cannot_take_noise_is_never_given_an_equation_with_it(solver):
     # It would drop the noise and keep the drift that goes with it: a wrong law without a word.

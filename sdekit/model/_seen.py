@@ -135,6 +135,10 @@ class Precision:
         else:
             self._coarser.pop(call, None)
 
+    def known(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a call of this kind was looked into."""
+        return (x.dtype, dtype, autocast(x, dtype)) in self._within
+
     def of(self, x: Tensor, dtype: torch.dtype) -> torch.dtype:
         """The coarsest of what the network computes in, that was seen, and autocast's."""
         cast = autocast(x, dtype)

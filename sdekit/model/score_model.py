@@ -168,6 +168,10 @@ class ScoreModel(nn.Module):
         """
         return self._precision.of(x, self.network_dtype(x) if dtype is None else dtype)
 
+    def knows_precision(self, x: Tensor) -> bool:
+        """Whether the network has been asked for an input like `x`, so that nothing about `precision` is to come."""
+        return self._precision.known(x, self.network_dtype(x))
+
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
         try:  # what has the type already is not asked to take it: that costs as much as a small operation

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import alike, at_least, between, cat, isnan, log, maximum, minimum, on_host, where, whole
-from .._tensor import column, select, tensor, tree_map
+from .._tensor import column, rounds_products, select, tensor, tree_map
 from ..brownian import BrownianPath
 from ..divergence import Hutchinson
 from ..ledger import Ledger, open_ledger, post, settle
@@ -268,6 +268,8 @@ def _weighted(weights: Tensor, past: Tensor) -> Tensor:
     """
     if on_host(past):
         return weights @ past
+    if rounds_products(past):
+        return _by_columns(weights, past)
     sums = torch.bmm(tensor(weights, past.dtype), past.flatten(2))
     return sums.reshape(*weights.shape[:2], *past.shape[2:])
 
@@ -275,7 +277,7 @@ def _weighted(weights: Tensor, past: Tensor) -> Tensor:
 def _by_columns(weights: Tensor, past: Tensor) -> Tensor:
     """What `_weighted` returns, as sums over columns."""
     rows = []
-    for row in weights.to(past.dtype).unbind(1):
+    for row in tensor(weights, past.dtype).unbind(1):
         total = torch.zeros_like(past[:, 0])
         for k, weight in enumerate(row.unbind(1)):
             total = total + column(weight, total) * past[:, k]

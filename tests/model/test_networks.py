@@ -204,6 +204,17 @@ def test_autocast_is_booked_as_rounding(way, nodes):
     assert (off <= room).double().mean() >= 0.9
 
 
+@pytest.mark.parametrize("divergence", [sdekit.Exact(), sdekit.Hutchinson()], ids=["exact", "probes"])
+def test_autocast_rounds_the_network_and_not_the_steps_sums(divergence):
+    model, x = model_of(Plain()), X.float()  # no operation of which autocast rounds
+    wanted, latent = sdekit.log_likelihood(model, x, divergence=divergence), sdekit.encode(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, carried = sdekit.log_likelihood(model, x, divergence=divergence, throw=False), sdekit.encode(model, x)
+    torch.testing.assert_close(found.log_prob, wanted.log_prob, rtol=0.0, atol=1e-4)
+    assert torch.equal(found.stats.evaluations, wanted.stats.evaluations)
+    torch.testing.assert_close(carried.x, latent.x, rtol=1e-5, atol=1e-5)
+
+
 ANSWERS = {
     "diffusers' way": (lambda out: {"sample": out}, "returned a dict.*return_dict=False"),
     "learned sigma": (lambda out: torch.cat((out, out), 1), r"shape \(4, 4\).*out.chunk\(2, 1\)"),
