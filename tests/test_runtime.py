@@ -135,17 +135,16 @@ class TestCompiled:
         )
         torch.testing.assert_close(fast.x, eager.x, rtol=0.0, atol=1e-10)
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_a_path_that_is_divided_is_the_same(self, dtype):
+    def test_a_path_that_is_divided_is_the_same(self):
         def solve(how, count):
             path = sdekit.BrownianMotion(3, torch.arange(count), -SDE.t_max, -SDE.t_min, depth=5)
-            control, start = sdekit.PID(3e-2, 3e-2), draw(8, 6, 3)[:count].to(dtype)
+            control, start = sdekit.PID(3e-2, 3e-2), draw(8, 6, 3)[:count].float()
             term, solver = sdekit.ReverseSDE(EXACT), sdekit.StochasticHeun()
             return sdekit.integrate(term, solver, control, start, SDE.t_max, SDE.t_min, path, runtime=how)
 
         for count in (6, 2):
             eager, fast = solve("eager", count), solve("compile", count)
-            torch.testing.assert_close(fast.x, eager.x, rtol=0.0, atol=1e-10 if dtype is torch.float64 else 1e-5)
+            torch.testing.assert_close(fast.x, eager.x, rtol=0.0, atol=1e-5)
             assert torch.equal(fast.stats.evaluations, eager.stats.evaluations)
             assert int(fast.stats.rejected.sum()) > 0
 
