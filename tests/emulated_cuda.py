@@ -322,6 +322,7 @@ def install():
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "get_device_capability": lambda *_: (7, 0),  # no TF32: the numbers are the host's
         "current_stream": lambda *_: stream,
         "Stream": _Stream,
         "is_current_stream_capturing": lambda: STATE.capturing is not None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ SHARES = (
 )
 
 
+_CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "cudnn_convolution_transpose", "_cudnn_rnn"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "_scaled_dot_product_efficient_attention"}
 _TRAINED = (
     "the network was compiled by torch.compile and its weights require a gradient, so its backward pass makes theirs "
     "too: 1.4 to 2.4 times the time of the network that was not compiled. Call net.requires_grad_(False) first."
@@ -77,11 +80,27 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if dtype.itemsize < 8 and torch.is_autocast_enabled(kind) else None
 
 
+@cache
+def _has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 numbers may be made of shorter ones there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _tf32(device: torch.device) -> tuple[bool, bool] | None:
+    """Whether convolutions and matrix products in float32 are rounded to TF32 there; None where there is no TF32."""
+    if not _has_tf32(device):
+        return None
+    try:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # they were set by torch's newer switches, which do not answer to these names
+        return True, True
+
+
 class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the coarsest type that operations answer in.
 
     Attributes:
-        found: That of half precision, where there is one.
+        found: That of half precision, where there is one: float16 for TF32, which rounds factors as much.
     """
 
     found: torch.dtype | None = None
@@ -89,16 +108,28 @@ class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for part in tree_leaves(out):
-            if isinstance(part, Tensor) and part.dtype in HALF and self.found is not torch.bfloat16:
+            if not isinstance(part, Tensor):
+                continue
+            if part.dtype in HALF and self.found is not torch.bfloat16:
                 self.found = part.dtype
+            elif self.found is None and part.dtype is torch.float32 and (short := _tf32(part.device)):
+                name = func.overloadpacket.__name__
+                if (short[0] and name in _CONVOLUTIONS) or (short[1] and name in _PRODUCTS):
+                    self.found = torch.float16
         return out
+
+
+def _kind(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What a network's rounding depends on, besides the network of that type."""
+    return x.dtype, dtype, autocast(x, dtype), _tf32(x.device)
 
 
 class Precision:
     """What a network's answers are rounded to, by the kind of call: as far as it was seen.
 
-    Its parameters do not tell, nor does the type of an answer: autocast within `forward` casts back. So the first call
-    of a kind is looked into, operation by operation; of compiled parts nothing is seen.
+    Its parameters do not tell, nor does the type of an answer: autocast within `forward` casts back, and TF32 (which
+    torch uses for convolutions on CUDA unless told otherwise) looks like float32. So the first call of a kind is looked
+    into, operation by operation; of compiled parts nothing is seen.
     """
 
     def __init__(self) -> None:
@@ -113,7 +144,7 @@ class Precision:
         if not self._differentiated and seen.requires_grad and torch.is_grad_enabled():
             self._differentiated = True
             _warn_of_weights(net)
-        call = x.dtype, dtype, autocast(x, dtype)
+        call = _kind(x, dtype)
         if call in self._within or torch.compiler.is_compiling():
             return net(seen, label, **bound)
         if any(map(_is_compiled, net.modules())):
@@ -128,7 +159,7 @@ class Precision:
         """Takes down what it answered in to the input `x`."""
         if answer.dtype is x.dtype and not self._coarser and not any(self._within.values()):
             return
-        call = x.dtype, dtype, autocast(x, dtype)
+        call = _kind(x, dtype)
         kind = _coarsest(answer.dtype, self._within.get(call) or answer.dtype)
         if _coarsest(x.dtype, kind) is not x.dtype:
             self._coarser[call] = kind
@@ -137,13 +168,13 @@ class Precision:
 
     def known(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether a call of this kind was looked into."""
-        return (x.dtype, dtype, autocast(x, dtype)) in self._within
+        return _kind(x, dtype) in self._within
 
     def of(self, x: Tensor, dtype: torch.dtype) -> torch.dtype:
         """The coarsest of what the network computes in, that was seen, and autocast's."""
         cast = autocast(x, dtype)
         kind = dtype if cast is None else _coarsest(dtype, cast)
-        return _coarsest(kind, self._coarser.get((x.dtype, dtype, cast), kind)) if self._coarser else kind
+        return _coarsest(kind, self._coarser.get(_kind(x, dtype), kind)) if self._coarser else kind
 
 
 def _is_compiled(part: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from helpers import draw
 from torch import nn
 
 import sdekit
-from sdekit.model import nets
+from sdekit.model import _seen, nets
 
 
 class Plain(nn.Module):
@@ -528,6 +528,50 @@ def test_half_precision_within_is_seen_though_the_answer_is_cast_back(kind, how,
     assert torch.equal(found.log_prob, again.log_prob)
     assert (again.rounding <= 1.5 * found.rounding).all()
     assert (found.rounding <= 1.5 * again.rounding).all()
+
+
+class ShortFactors(nn.Module):
+    """What TF32 makes of a float32 network: products of numbers with 10 bits behind the first, summed in float32."""
+
+    def __init__(self, convolves, short):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.short = nn.Linear(2, 32), nn.Linear(32, 2), short
+        self.convolves = convolves
+
+    def rounded(self, x):
+        bits = (x.detach().view(torch.int32) + 0x1000) & ~0x1FFF
+        return x + (bits.view(torch.float32) - x.detach()) if self.short else x
+
+    def layer(self, x, layer):
+        x, weight = self.rounded(x), self.rounded(layer.weight)
+        if self.convolves:
+            return nn.functional.conv1d(x[:, :, None], weight[:, :, None])[:, :, 0] + layer.bias
+        return x @ weight.T + layer.bias
+
+    def forward(self, x, label):
+        return x + self.layer(nn.functional.silu(self.layer(x, self.first)), self.last)
+
+
+@pytest.mark.parametrize("how", [{"tolerance": 0.1}, {"nodes": 24}])
+@pytest.mark.parametrize("convolves", [False, True])
+def test_products_rounded_to_tf32_are_booked(convolves, how, monkeypatch):
+    exact = sdekit.log_likelihood(model_of(ShortFactors(convolves, False)), X.float(), tolerance=1e-4, throw=False)
+    switches = [convolves, not convolves]
+    monkeypatch.setattr(_seen, "_tf32", lambda device: tuple(switches))
+    model = model_of(ShortFactors(convolves, True))
+    found = sdekit.log_likelihood(model, X.float(), throw=False, **how)
+    assert model.precision(X.float()) is torch.float16  # rounds to as many bits
+    assert (found.rounding > 10 * exact.rounding).all()
+    assert ((found.log_prob - exact.log_prob).abs() <= found.rounding + found.solver_error).all()
+    switches.reverse()  # what the network does not use says nothing of it
+    assert model.precision(X.float()) is torch.float32
+    assert (sdekit.log_likelihood(model, X.float(), throw=False, **how).rounding < 0.1 * found.rounding).all()
+    monkeypatch.setattr(_seen, "_tf32", lambda device: (True, True))
+    sdekit.log_likelihood(model, X, throw=False, **how)
+    double = model_of(ShortFactors(convolves, False).double())
+    sdekit.log_likelihood(double, X, throw=False, **how)
+    assert double.precision(X) is torch.float64
 
 
 def test_looking_into_a_network_changes_no_bit_and_happens_once():
