@@ -28,6 +28,9 @@ _OPTIONS = {
 }
 
 
+_COUNTED = "outside of a MetricsContext"  # torch 2.6 says so of a piece that it finds in its cache
+
+
 class _Fused:
     """A piece, by the function within from its second call on.
 
@@ -91,8 +94,18 @@ def fused(piece: fx.GraphModule, examples: list[Any]) -> Piece:
         return compiled
 
     known = {name: value for name, value in _OPTIONS.items() if hasattr(config, name)}
+
+    def compiled_by(options: dict[str, Any]) -> Any:
+        return compile_fx(piece, examples, inner_compile=inner, config_patches=options)
+
     with around.patch(enable_autograd_cache=False):  # what it holds is the whole: the function within is not shown
-        whole: Any = compile_fx(piece, examples, inner_compile=inner, config_patches=known)
+        try:
+            whole = compiled_by(known)
+        except RuntimeError as error:
+            if _COUNTED not in str(error):
+                raise
+            made.clear()
+            whole = compiled_by({**known, "fx_graph_cache": False})
     within = getattr(made[0][0], "current_callable", None) if len(made) == 1 else None
     if within is None or made[0][1] != len(examples):
         return whole  # type: ignore[no-any-return]

@@ -39,10 +39,10 @@ ONE += ["square", "isfinite", "isnan", "zeros_like", "ones_like", "real", "whole
 TWO = ["power", "maximum", "minimum", "hypot", "logaddexp", "at_least", "at_most"]
 
 
-def agree(ours, theirs, relative=ULPS):
+def agree(ours, theirs, relative=ULPS, absolute=1e-300):
     ours, theirs = tensor(ours), tensor(theirs)
     assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=relative, atol=1e-300, equal_nan=True)
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=relative, atol=absolute, equal_nan=True)
 
 
 class TestFunctions:
@@ -59,7 +59,7 @@ class TestFunctions:
         if name.startswith("at_"):
             agree(function(a.numpy(), 1.5), function(a, 1.5))
         else:
-            agree(function(a.numpy(), b.numpy()), function(a, b))
+            agree(function(a.numpy(), b.numpy()), function(a, b), 4 * ULPS if name == "power" else ULPS)
 
     @pytest.mark.parametrize("name", [*ONE, *TWO])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -149,7 +149,7 @@ def test_schedules_take_numbers_on_the_host(name):
     ):
         found = getattr(sde, function)(t.numpy())
         assert isinstance(found, np.ndarray)
-        agree(found, getattr(sde, function)(t), 1e-13)
+        agree(found, getattr(sde, function)(t), 1e-13, 2.0**-52)  # logarithms of what is next to 1
     snr = sde.half_log_snr(t)
     agree(sde.clamp(sde.time_at(snr.numpy())), sde.clamp(sde.time_at(snr)), 1e-13)
     for meaning in (sdekit.noise(), sdekit.score(), sdekit.data(), sdekit.velocity(), sdekit.v(), sdekit.edm(0.7)):

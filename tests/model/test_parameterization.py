@@ -32,7 +32,8 @@ def test_every_output_converts_into_every_other(sde, share, x0, eps, source, tar
     # Rounding of x and F is amplified by the weights; nothing else may be lost.
     size = (weights.x * alpha * x0).abs() + (weights.x * sigma * eps).abs()
     size = size + (weights.output * meaning.data * x0).abs() + (weights.output * meaning.noise * eps).abs()
-    assert float((weights.x * x + weights.output * output - expected).abs()) <= 1e-13 * float(size + expected.abs())
+    off = (weights.x * x + weights.output * output - expected).abs()
+    assert float(off) <= 1e-13 * float(size + expected.abs()) + 1e-300  # subnormal numbers have fewer digits
 
 
 every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
