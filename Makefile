@@ -13,13 +13,14 @@ export PIP_BUILD_CONSTRAINT = $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu thorough lint format typecheck docs bench ci clean
+.PHONY: help demo test test-gpu test-lowest thorough lint format typecheck docs bench ci clean
 .SECONDARY:
 
 help:
 	@echo "make demo       evaluate the shipped digits network: bits/dim, its uncertainties, cost, a picture"
 	@echo "make test       all tests"
 	@echo "make test-gpu   the tests of a GPU, played by the host where there is none"
+	@echo "make test-lowest all tests with the oldest versions allowed: several GB, in a virtual environment of their own"
 	@echo "make thorough   all tests, with many more and random examples per property"
 	@echo "make lint       ruff: rules and format         make format     the same, mending what can be mended"
 	@echo "make typecheck  mypy, strict                   make docs       the documentation, warnings are errors"
@@ -42,6 +43,13 @@ test: $(VENV)/.installed-test
 # The tests of a GPU, on one played by the host where there is none (tests/emulated_cuda.py).
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) tests/gpu $(if $(shell command -v nvidia-smi),,--emulate-cuda)
+
+# As `test`, but for what only says how the newest tools want things written (tests/test_house.py).
+test-lowest: export PIP_CONSTRAINT = $(CURDIR)/constraints-lowest.txt
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -e ".[test]"
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) --ignore=tests/test_house.py
 
 thorough: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=thorough

@@ -77,6 +77,7 @@ def test_the_head_is_the_posterior_mean_of_the_noise(t):
 
 
 @forward_mode
+@pytest.mark.filterwarnings("ignore:Please use .torch.vmap.")  # torch 2.6's, of its own check
 @pytest.mark.parametrize("t", TIMES)
 def test_the_heads_derivatives_of_both_orders_and_modes_are_those_of_differences(t):
     x, coefficients, alpha, sigma = states(t, batch=2)
