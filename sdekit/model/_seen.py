@@ -26,7 +26,7 @@ SHARES = (
 )
 
 
-_CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "cudnn_convolution_transpose", "_cudnn_rnn"}
+_CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "cudnn_convolution_transpose"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "_scaled_dot_product_efficient_attention"}
 _TRAINED = (
     "the network was compiled by torch.compile and its weights require a gradient, so its backward pass makes theirs "
@@ -90,10 +90,10 @@ def _tf32(device: torch.device) -> tuple[bool, bool] | None:
     """Whether convolutions and matrix products in float32 are rounded to TF32 there; None where there is no TF32."""
     if not _has_tf32(device):
         return None
-    try:
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # they were set by torch's newer switches, which do not answer to these names
-        return True, True
+    products, convolutions = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(convolutions, "fp32_precision") and hasattr(products, "fp32_precision"):
+        return convolutions.fp32_precision == "tf32", products.fp32_precision == "tf32"  # type: ignore[union-attr]
+    return torch.backends.cudnn.allow_tf32, products.allow_tf32  # torch before 2.9
 
 
 class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]

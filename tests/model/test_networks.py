@@ -553,6 +553,19 @@ class ShortFactors(nn.Module):
         return x + self.layer(nn.functional.silu(self.layer(x, self.first)), self.last)
 
 
+def test_the_switches_of_tf32_are_read_where_a_device_has_it(monkeypatch):
+    assert _seen._tf32(torch.device("cpu")) is None
+    monkeypatch.setattr(_seen, "_has_tf32", lambda device: True)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        for convolutions in (True, False):
+            for products in (True, False):
+                torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+                assert _seen._tf32(torch.device("cpu")) == (convolutions, products)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize("how", [{"tolerance": 0.1}, {"nodes": 24}])
 @pytest.mark.parametrize("convolves", [False, True])
 def test_products_rounded_to_tf32_are_booked(convolves, how, monkeypatch):
