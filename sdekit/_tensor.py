@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -193,6 +194,22 @@ def _summed(tree: Any) -> Numbers | None:
     return total
 
 
+@cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 numbers may be made of shorter ones there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def tf32(device: torch.device) -> tuple[bool, bool] | None:
+    """Whether convolutions and matrix products in float32 are rounded to TF32 there; None where there is no TF32."""
+    if not has_tf32(device):
+        return None
+    products, convolutions = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(convolutions, "fp32_precision") and hasattr(products, "fp32_precision"):
+        return convolutions.fp32_precision == "tf32", products.fp32_precision == "tf32"  # type: ignore[union-attr]
+    return torch.backends.cudnn.allow_tf32, products.allow_tf32  # torch before 2.9
+
+
 def rounds_products(x: Tensor) -> bool:
     """Whether torch may round matrix products of tensors like `x` to less than their own precision.
 
@@ -200,10 +217,8 @@ def rounds_products(x: Tensor) -> bool:
     """
     if x.dtype is torch.float64:
         return False
-    try:
-        return torch.is_autocast_enabled(x.device.type) or (x.is_cuda and torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError:  # it was set by torch's newer switches, which do not answer to this name
-        return True
+    switches = tf32(x.device)
+    return torch.is_autocast_enabled(x.device.type) or (switches is not None and switches[1])
 
 
 def flatten(x: Tensor) -> Tensor:

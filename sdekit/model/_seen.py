@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._tensor import HALF
+from .._tensor import HALF, tf32
 from ..errors import NetworkError, SdekitWarning
 from ._labels import label_dtype
 
@@ -80,22 +79,6 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if dtype.itemsize < 8 and torch.is_autocast_enabled(kind) else None
 
 
-@cache
-def _has_tf32(device: torch.device) -> bool:
-    """Whether products of float32 numbers may be made of shorter ones there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _tf32(device: torch.device) -> tuple[bool, bool] | None:
-    """Whether convolutions and matrix products in float32 are rounded to TF32 there; None where there is no TF32."""
-    if not _has_tf32(device):
-        return None
-    products, convolutions = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None)
-    if hasattr(convolutions, "fp32_precision") and hasattr(products, "fp32_precision"):
-        return convolutions.fp32_precision == "tf32", products.fp32_precision == "tf32"  # type: ignore[union-attr]
-    return torch.backends.cudnn.allow_tf32, products.allow_tf32  # torch before 2.9
-
-
 class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the coarsest type that operations answer in.
 
@@ -112,7 +95,7 @@ class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             if part.dtype in HALF and self.found is not torch.bfloat16:
                 self.found = part.dtype
-            elif self.found is None and part.dtype is torch.float32 and (short := _tf32(part.device)):
+            elif self.found is None and part.dtype is torch.float32 and (short := tf32(part.device)):
                 name = func.overloadpacket.__name__
                 if (short[0] and name in _CONVOLUTIONS) or (short[1] and name in _PRODUCTS):
                     self.found = torch.float16
@@ -121,7 +104,7 @@ class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _kind(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """What a network's rounding depends on, besides the network of that type."""
-    return x.dtype, dtype, autocast(x, dtype), _tf32(x.device)
+    return x.dtype, dtype, autocast(x, dtype), tf32(x.device)
 
 
 class Precision:

@@ -8,6 +8,7 @@ from helpers import draw
 from torch import nn
 
 import sdekit
+from sdekit import _tensor
 from sdekit.model import _seen, nets
 
 
@@ -554,14 +555,14 @@ class ShortFactors(nn.Module):
 
 
 def test_the_switches_of_tf32_are_read_where_a_device_has_it(monkeypatch):
-    assert _seen._tf32(torch.device("cpu")) is None
-    monkeypatch.setattr(_seen, "_has_tf32", lambda device: True)
+    assert _tensor.tf32(torch.device("cpu")) is None
+    monkeypatch.setattr(_tensor, "has_tf32", lambda device: True)
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         for convolutions in (True, False):
             for products in (True, False):
                 torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
-                assert _seen._tf32(torch.device("cpu")) == (convolutions, products)
+                assert _tensor.tf32(torch.device("cpu")) == (convolutions, products)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -571,7 +572,7 @@ def test_the_switches_of_tf32_are_read_where_a_device_has_it(monkeypatch):
 def test_products_rounded_to_tf32_are_booked(convolves, how, monkeypatch):
     exact = sdekit.log_likelihood(model_of(ShortFactors(convolves, False)), X.float(), tolerance=1e-4, throw=False)
     switches = [convolves, not convolves]
-    monkeypatch.setattr(_seen, "_tf32", lambda device: tuple(switches))
+    monkeypatch.setattr(_seen, "tf32", lambda device: tuple(switches))
     model = model_of(ShortFactors(convolves, True))
     found = sdekit.log_likelihood(model, X.float(), throw=False, **how)
     assert model.precision(X.float()) is torch.float16  # rounds to as many bits
@@ -580,7 +581,7 @@ def test_products_rounded_to_tf32_are_booked(convolves, how, monkeypatch):
     switches.reverse()  # what the network does not use says nothing of it
     assert model.precision(X.float()) is torch.float32
     assert (sdekit.log_likelihood(model, X.float(), throw=False, **how).rounding < 0.1 * found.rounding).all()
-    monkeypatch.setattr(_seen, "_tf32", lambda device: (True, True))
+    monkeypatch.setattr(_seen, "tf32", lambda device: (True, True))
     sdekit.log_likelihood(model, X, throw=False, **how)
     double = model_of(ShortFactors(convolves, False).double())
     sdekit.log_likelihood(double, X, throw=False, **how)
