@@ -169,9 +169,14 @@ def _host_single(words: _Words) -> tuple[Any, Any, Any]:
     return np.sqrt(radius, out=radius), np.cos(angle), np.sin(angle)
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What normals of a type are computed in: it, or float32 where it is coarser."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def _host_normal(here: _Words, size: int, dtype: torch.dtype) -> Tensor:
     """(B, size) normals, block by block."""
-    pairs, double = -(-size // 2), dtype is torch.float64
+    pairs, double = -(-size // 2), computed_in(dtype) is torch.float64
     out = np.empty((len(here), 2 * pairs), np.float64 if double else np.float32)
     drawn = out.reshape(len(here), 2, pairs)
     lanes = _lanes(2 * pairs).reshape(2, 1, pairs)
@@ -244,7 +249,7 @@ def normal(keys: Tensor, counter: Tensor, size: int, dtype: torch.dtype) -> Tens
     """(B, size) independent standard normals by Box and Muller's transform, the same to rounding for every dtype."""
     if _on_host(keys) and _on_host(counter):
         return _host_normal(_counted(keys, counter), size, dtype)
-    pairs, kind = -(-size // 2), torch.float64 if dtype is torch.float64 else torch.float32
+    pairs, kind = -(-size // 2), computed_in(dtype)
     drawn = words(keys, counter, 2 * pairs)
     radius = (-2.0 * _unit(drawn[:, :pairs]).log()).to(kind).sqrt()
     if kind is torch.float64:

@@ -143,6 +143,6 @@ class IndependentIncrements(Draws):
 
 
 def _normal(keys: Tensor, counter: Tensor, like: Tensor) -> Tensor:
-    """(N, *event) standard normals for events of `like`, in float32 where that is coarser: they are multiplied yet."""
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return _random.normal(keys, counter, like.shape[1:].numel(), dtype).reshape(keys.shape[0], *like.shape[1:])
+    """(N, *event) standard normals for events of `like`, in what they are computed in: they are multiplied yet."""
+    drawn = _random.normal(keys, counter, like.shape[1:].numel(), _random.computed_in(like.dtype))
+    return drawn.reshape(keys.shape[0], *like.shape[1:])

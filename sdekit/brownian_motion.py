@@ -128,7 +128,7 @@ class BrownianMotion(Draws):
         """
         (count, batch, _), size = nodes.shape, like.shape[1:].numel()
         total = torch.zeros(weights.shape[1], batch, 2, size, dtype=torch.float64, device=like.device)
-        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+        dtype = _random.computed_in(like.dtype)
         together = count
         if isinstance(batch, int):  # in a trace the batch's size is open
             together = max(1, _AT_ONCE.get(like.device.type, _AT_ONCE_ELSEWHERE) // max(1, 4 * batch * size))

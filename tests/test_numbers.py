@@ -149,7 +149,8 @@ def test_schedules_take_numbers_on_the_host(name):
     ):
         found = getattr(sde, function)(t.numpy())
         assert isinstance(found, np.ndarray)
-        agree(found, getattr(sde, function)(t), 1e-13, 2.0**-52)  # logarithms of what is next to 1
+        near_1 = function == "log_sigma"  # its logarithm is as good as that of what is next to 1
+        agree(found, getattr(sde, function)(t), 1e-13, 2.0**-52 if near_1 else 1e-300)
     snr = sde.half_log_snr(t)
     agree(sde.clamp(sde.time_at(snr.numpy())), sde.clamp(sde.time_at(snr)), 1e-13)
     for meaning in (sdekit.noise(), sdekit.score(), sdekit.data(), sdekit.velocity(), sdekit.v(), sdekit.edm(0.7)):
