@@ -29,7 +29,8 @@ _CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "cudnn_conv
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "_scaled_dot_product_efficient_attention"}
 _TRAINED = (
     "the network was compiled by torch.compile and its weights require a gradient, so its backward pass makes theirs "
-    "too: 1.4 to 2.4 times the time of the network that was not compiled. Call net.requires_grad_(False) first."
+    "too: for a perceptron 1.4 to 2.4 times the time of the network that was not compiled. Call "
+    "net.requires_grad_(False) first."
 )
 
 
