@@ -30,7 +30,7 @@ PROBE = sdekit.Hutchinson(probes=1, fresh=False)
 Variant = Callable[[nn.Module], nn.Module]
 VARIANTS: dict[str, Variant] = {
     "torch.compile": lambda net: torch.compile(net.requires_grad_(False)),  # type: ignore[dict-item, return-value]
-    "torch.compile, not frozen": lambda net: torch.compile(net),  # type: ignore[dict-item, return-value]
+    "torch.compile, not frozen": lambda net: torch.compile(net.requires_grad_()),  # type: ignore[dict-item, return-value]
     "channels-last": lambda net: net.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
     "bfloat16": lambda net: net.bfloat16(),
 }
