@@ -15,6 +15,8 @@ from torch import Tensor
 from ._interrupt import finish_step
 from ._tensor import added, flatten, mean_over, there
 from .divergence import Hutchinson
+from .errors import NetworkError
+from .grid_behind import Behind, Shown
 from .ledger import Links, Note, settle_many
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .terms import Aux
@@ -73,11 +75,17 @@ class Books:
         self.links: Links | None = None
         self.seen: list[Tensor] = []  # (B, *event) of the last node before the block
         self.kept: list[Tensor] = []  # of the depth + 1 nodes before the block, at most
-        self.open: list[tuple[Tensor, Tensor, Tensor]] = []  # of the block: seen, kept, answers
+        self.open: list[tuple[Tensor, Tensor, Tensor | Shown]] = []  # of the block: seen, kept, answers
         self.rates: Tensor | None = None  # (depth, B, C) divergences of the nodes before the block
         self.entered = 0
         self.block = max(1, _BLOCK // (z.u.numel() * max(1, term.channels)))
         self.drawn: list[Tensor] = []
+        self.behind: Behind | None = None
+
+    def ask_behind(self) -> None:
+        """Has products asked for behind the path, for the nodes of a block at once."""
+        self.behind = Behind(self.term, self.first.u.shape[0])
+        self.block = min(self.block, self.behind.block)
 
     def probes(self, k: int) -> Tensor:
         """(P, B, D) the probes of node k; fresh ones are drawn for a block at a time."""
@@ -95,14 +103,28 @@ class Books:
             self.drawn = [*self.drawn, *drawn.reshape(len(drawn), many, *u.shape).unbind(1)]
         return self.drawn[place]
 
-    def enter(self, seen: Tensor, kept: Tensor, answer: Tensor) -> None:
-        """One more node."""
+    def enter(self, seen: Tensor, kept: Tensor, answer: Tensor | Shown) -> None:
+        """One more node, with its answer or what is to be asked for it behind the path."""
         self.open.append((seen, kept, answer))
-        if len(self.open) == self.block:
-            with finish_step() as asked:  # an interrupt finds all of it or none
+        if len(self.open) >= self.block:
+            self.settle()
+
+    def settle(self) -> None:
+        """Books the nodes that are open; an interrupt finds all of it or none.
+
+        Raises:
+            NetworkError: The network's, asked for what they wait for; the nodes before are booked, the others lost.
+        """
+        error = None
+        with finish_step() as asked:
+            if self.behind is not None:
+                error = self._ask_waiting(self.behind)
+            if self.open:
                 self._book()
-            if asked():
-                raise KeyboardInterrupt
+        if error is not None:
+            raise error
+        if asked():
+            raise KeyboardInterrupt
 
     @property
     def count(self) -> int:
@@ -110,9 +132,7 @@ class Books:
         return self.entered + len(self.open)
 
     def close(self) -> tuple[FlowState, Tensor, Tensor | None]:
-        """The state after the last node, rounding (B, 2) and the variance of fresh probes, if there are any."""
-        if self.open:
-            self._book()
+        """The state after the last node that was booked, rounding (B, 2) and the variance of fresh probes, if any."""
         u, last = self.first.u, self.entered - 1
         if last >= 0:
             u = flatten(self.seen[-1] * (1.0 / float(self.numbers.scale[last])))
@@ -132,7 +152,8 @@ class Books:
     def _book(self) -> None:
         """Books the nodes of the block."""
         first, last = self.entered, self.count
-        seen, kept, answers = (list(parts) for parts in zip(*self.open, strict=True))
+        seen, kept = [node[0] for node in self.open], [node[1] for node in self.open]
+        answers = [node[2] for node in self.open if isinstance(node[2], Tensor)]  # all of them: none waits any more
         self.seen, self.kept = self.seen + seen, self.kept + kept
         traces = self._traced(answers, first, last)
         _, jacobian, shift = (part[first:last] for part in self.by_node)
@@ -147,6 +168,16 @@ class Books:
         self.seen, self.kept, self.open = self.seen[-1:], self.kept[-width:], []
         if self.term.fresh:
             self.drawn = []
+
+    def _ask_waiting(self, behind: Behind) -> NetworkError | None:
+        """Asks for what nodes of the block wait for; of those after an error nothing stays open."""
+        ready = [node for node in self.open if isinstance(node[2], Tensor)]
+        waiting = [node[2] for node in self.open[len(ready) :] if isinstance(node[2], Shown)]
+        if not waiting:
+            return None
+        found, error = behind.answers(waiting)
+        self.open = ready + [(node.seen, node.slope, answer) for node, answer in zip(waiting, found, strict=False)]
+        return error
 
     def _traced(self, given: list[Tensor], first: int, last: int) -> Tensor:
         """(m, B, C) float64 traces in what the network sees; books products and the probes' variance."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time as clock
 from collections import deque
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +24,15 @@ from tqdm import tqdm
 from ._checks import is_own
 from ._tensor import all_finite, put, take
 from .controller import FixedGrid, GridState
-from .divergence import Exact, Hutchinson
-from .driver import Limits, Outcome, drive, seconds_since, stops
+from .divergence import Hutchinson
+from .driver import Limits, Outcome, Stop, drive, seconds_since, stops
 from .grid import mixed_time
+from .grid_behind import Shown, products_of, worth
 from .grid_books import Books, Numbers
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem
 from .model._caller import Caller
+from .model._labels import label_dtype, label_rows
 from .model.parameterization import Parameterization
 from .model.score_model import ScoreModel
 from .runtime import GRAPHS
@@ -152,6 +153,8 @@ class _Solve:
             *(model.sde, model.parameterization, model.data_std, self.term.mixed.downward, event, problem.solver, nodes)
         )
         self.books = Books(self.term, self.depth, self.numbers, carry.z)
+        self.calls = 0
+        self.labels: tuple[Tensor, ...] = ()  # by node, where products wait for them
 
     def run(self) -> Outcome:
         """From the first node to the last, or to where something stops it."""
@@ -172,40 +175,49 @@ class _Solve:
                     shown = seen * ratio[k - 1]
                     for weight, past in zip(numbers.chain[k], kept, strict=False):
                         shown.add_(past, alpha=weight)
-                out, answer = self._ask(call, shown, k)
+                slope = self._node(call, shown, k)
                 if not k and not _as_precise(term.model, u):
                     break
-                slope = torch.add(out, shown, alpha=numbers.tilt[k])
-                self.books.enter(shown, slope, answer)
                 kept.appendleft(slope)
                 seen = shown
                 if bar is not None:
                     bar.update()
-        return self._outcome(self.books.count, stop.status, stop.error)
+        return self._outcome(stop)
 
-    def _ask(self, call: Caller, seen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The network's output, and its trace (B, 1) or the products of the node's probes (P, B, *event)."""
-        term = self.term
+    def _node(self, call: Caller, seen: Tensor, k: int) -> Tensor:
+        """Asks the network at node k, which is booked then or waits for its products; a multiple of its slope."""
+        term, books, tilt = self.term, self.books, self.numbers.tilt[k]
+        probes = books.probes(k) if isinstance(term.divergence, Hutchinson) else None
+        self.calls += 1
+        if books.behind is not None:
+            slope = torch.add(call(seen, k), seen, alpha=tilt)
+            books.enter(seen, slope, Shown(seen, slope, tilt, self.labels[k], probes))
+            return slope
+        out, answer = products_of(term, lambda state: call(state, k), seen, probes)
+        slope = torch.add(out, seen, alpha=tilt)
+        if not k and worth(term, seen, answer, books.block):
+            dtype = label_dtype(term.model.network_dtype(seen))
+            self.labels = label_rows(self.numbers.labels, seen.shape[0], dtype, seen.device)
+            books.ask_behind()
+        books.enter(seen, slope, answer)
+        return slope
 
-        def field(state: Tensor) -> Tensor:
-            return call(state, k)
-
-        if isinstance(term.divergence, Hutchinson):
-            return term.divergence.push(field, seen, self.books.probes(k).reshape(-1, *seen.shape))
-        assert isinstance(term.divergence, Exact)  # there is no third kind of ours
-        value = term.divergence.evaluate(field, seen, None)
-        return value.value, value.traces
-
-    def _outcome(self, calls: int, status: Status | None, error: Any) -> Outcome:
-        """What the loop would leave: after the last node that was entered."""
-        start, books, made = self.start, self.books, max(0, calls - 1)
+    def _outcome(self, stop: Stop) -> Outcome:
+        """What the loop would leave: after the last node that was booked."""
+        start, books = self.start, self.books
+        with stops(None) as late:  # what waits is asked for now
+            books.settle()
+        error, status = stop.error or late.error, stop.status or late.status
+        nodes, behind = books.entered, books.behind
+        made = max(0, nodes - 1)
         z, rounded, variance = books.close()
         each = torch.ones_like(start.status)
-        through = calls == self.count
-        s = start.control.nodes[:, made] if calls else start.s
+        through = nodes == self.count
+        s = start.control.nodes[:, made] if nodes else start.s
         state, memory = GridState(start.control.nodes, made * each, books.indicated, rounded), start.memory
         if variance is not None:  # no node is open any more
             memory = memory._replace(ledger=memory.ledger._replace(variance=variance))
         ended = Status.DONE if through else status if status is not None else Status.RUNNING
-        carry = Carry(s, z, memory, state, int(ended) * each, calls * each, made * each, 0 * each)
-        return Outcome(carry, calls, calls * len(each), error, [])
+        carry = Carry(s, z, memory, state, int(ended) * each, nodes * each, made * each, 0 * each)
+        calls, paid = (0, 0) if behind is None else (behind.calls, behind.paid)
+        return Outcome(carry, self.calls + calls, self.calls * len(each) + paid, error, [])

@@ -78,6 +78,7 @@ ORDER = [
     "captured",
     "runtime",
     "driver",
+    "grid_behind",
     "grid_books",
     "grid_density",
     "integrate",

@@ -25,6 +25,9 @@ SHARES = (
 )
 
 
+_MATRICES = {"mm", "addmm", "linear"}
+_OTHERS = ("_scaled_dot_product", "lstm", "gru", "rnn", "_thnn_fused", "_fft")
+_WIDEST, _SMALL = 1 << 14, 1 << 11  # numbers
 _CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "cudnn_convolution_transpose"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "_scaled_dot_product_efficient_attention"}
 _TRAINED = (
@@ -83,24 +86,42 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
 class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the coarsest type that operations answer in.
 
+    And whether all are a perceptron's: products of one row a sample with a matrix, and functions of few numbers.
+
     Attributes:
         found: That of half precision, where there is one: float16 for TF32, which rounds factors as much.
+        perceptron: Whether they are.
     """
 
     found: torch.dtype | None = None
 
+    def __init__(self, batch: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.batch, self.perceptron = batch, True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        made = all(returned.alias_info is None for returned in func._schema.returns)
         for part in tree_leaves(out):
             if not isinstance(part, Tensor):
                 continue
+            if made and part.dim() and part.numel() > self.batch * self._most(name, part):
+                self.perceptron = False
             if part.dtype in HALF and self.found is not torch.bfloat16:
                 self.found = part.dtype
-            elif self.found is None and part.dtype is torch.float32 and (short := tf32(part.device)):
-                name = func.overloadpacket.__name__
-                if (short[0] and name in _CONVOLUTIONS) or (short[1] and name in _PRODUCTS):
+            elif self.found is None and part.dtype is torch.float32:
+                convolutions, products = tf32(part.device) or (False, False)
+                if (convolutions and name in _CONVOLUTIONS) or (products and name in _PRODUCTS):
                     self.found = torch.float16
         return out
+
+    @staticmethod
+    def _most(name: str, made: Tensor) -> int:
+        """Numbers that an operation of a perceptron makes for a sample, at most."""
+        if name in _MATRICES:
+            return max(made.shape[-1], _SMALL)
+        return 0 if name in _CONVOLUTIONS or name in _PRODUCTS or name.startswith(_OTHERS) else _WIDEST
 
 
 def _kind(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -119,6 +140,7 @@ class Precision:
     def __init__(self) -> None:
         self._coarser: dict[Any, torch.dtype] = {}  # than the input's
         self._within: dict[Any, torch.dtype | None] = {}  # half precision that operations answered in
+        self._perceptrons: set[Any] = set()
         self._differentiated = False  # whether it was called to be
 
     def ask(
@@ -134,9 +156,11 @@ class Precision:
         if any(map(_is_compiled, net.modules())):
             self._within[call] = None
             return net(seen, label, **bound)
-        with _Coarsest() as mode:  # type: ignore[no-untyped-call]
+        with _Coarsest(seen.shape[0]) as mode:
             out = net(seen, label, **bound)
         self._within[call] = mode.found
+        if mode.perceptron:
+            self._perceptrons.add(call)
         return out
 
     def note(self, answer: Tensor, x: Tensor, dtype: torch.dtype) -> None:
@@ -153,6 +177,14 @@ class Precision:
     def known(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether a call of this kind was looked into."""
         return _kind(x, dtype) in self._within
+
+    def perceptron(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a call of this kind was seen to use each of its matrices for one row a sample, as a perceptron's."""
+        return _kind(x, dtype) in self._perceptrons
+
+    def ask_apart(self, x: Tensor, dtype: torch.dtype) -> None:
+        """Takes down that samples are not to be put together for it."""
+        self._perceptrons.discard(_kind(x, dtype))
 
     def of(self, x: Tensor, dtype: torch.dtype) -> torch.dtype:
         """The coarsest of what the network computes in, that was seen, and autocast's."""

@@ -172,6 +172,14 @@ class ScoreModel(nn.Module):
         """Whether the network has been asked for an input like `x`, so that nothing about `precision` is to come."""
         return self._precision.known(x, self.network_dtype(x))
 
+    def is_perceptron(self, x: Tensor) -> bool:
+        """Whether a call like that was seen to use each of its matrices for one row a sample, as a perceptron's."""
+        return self._precision.perceptron(x, self.network_dtype(x))
+
+    def ask_apart(self, x: Tensor) -> None:
+        """Has `is_perceptron` say no from now on: its answers for more samples at once are not those for each."""
+        self._precision.ask_apart(x, self.network_dtype(x))
+
     def _answer(self, x: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network of that dtype says of its input x, checked, in the dtype of `x`."""
         try:  # what has the type already is not asked to take it: that costs as much as a small operation
