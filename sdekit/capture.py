@@ -149,8 +149,8 @@ def _step(problem: Problem, carry: Carry, own: list[Tensor], fused: bool) -> tup
         text = f"runtime='compiled-graph': the step is captured operation by operation, not compiled: {error}."
         warnings.warn(text, SdekitWarning, stacklevel=2)
         return eager, None
-    term, dtype, given = problem.term, problem.term.model.network_dtype(batch_of(carry.z)), [*own, *leaves(carry)]
-    return lambda: run(program, term, dtype, given), program
+    term, answer, given = problem.term, problem.term.model.asker(batch_of(carry.z)), [*own, *leaves(carry)]
+    return lambda: run(program, term, answer, given), program
 
 
 def _copied(part: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ missed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .divergence import Exact, Hutchinson
@@ -22,37 +21,38 @@ from .parts import CannotCompileError, kind
 from .terms import Term
 from .tracing import VALUE, Program, made
 
+Answer = Callable[[Tensor, Tensor], Tensor]
+
 _KEPT = 32  # compiled steps held
 
 
-def run(program: Program, term: Term, dtype: torch.dtype, given: Sequence[Tensor]) -> list[Tensor]:
+def run(program: Program, term: Term, answer: Answer, given: Sequence[Tensor]) -> list[Tensor]:
     """The leaves of the carry after a step, and how many samples still run.
 
     Args:
         program: From `compiled`.
-        term: Whose network is asked.
-        dtype: What that computes in.
+        term: How its divergence is had.
+        answer: What its network says of an input and a label.
         given: The problem's own parts, then the leaves of the carry.
     """
     values: list[Any] = [*given, *program.rest]
     for cut in program.cuts:
         taken = [None if place is None else values[place] for place in cut.takes]
-        found = _ask(term, dtype, cut.kind, taken) if cut.run is None else cut.run(*taken)
+        found = _ask(term, answer, cut.kind, taken) if cut.run is None else cut.run(*taken)
         for place, value in zip(cut.gives, found, strict=True):
             values[place] = value
     return [values[place] for place in program.results]
 
 
-def _ask(term: Term, dtype: torch.dtype, kind: int, taken: list[Any]) -> Sequence[Tensor]:
+def _ask(term: Term, answer: Answer, kind: int, taken: list[Any]) -> Sequence[Tensor]:
     """What the network answers at a mark of this kind, of what it sees."""
     seen, label, vectors = taken
-    model = term.model
     if kind == VALUE:
-        return (model.answer(seen, label, dtype).contiguous(),)
+        return (answer(seen, label).contiguous(),)
     divergence = term.divergence if isinstance(term, LikelihoodFlow) else None
 
     def field(state: Tensor) -> Tensor:
-        return model.answer(state, label, dtype)
+        return answer(state, label)
 
     if isinstance(divergence, Hutchinson):
         return [part.contiguous() for part in divergence.push(field, seen, vectors)]

@@ -173,14 +173,14 @@ class Compiled:
 
     def enter(self, problem: Problem, carry: Carry) -> None:
         self._problem, self._like = problem, carry
-        self._dtype = problem.term.model.network_dtype(batch_of(carry.z))
+        self._answer = problem.term.model.asker(batch_of(carry.z))
         self._given = [part.contiguous() for part in own_parts(problem)]  # as the trace had them
         self._leaves = [leaf.contiguous() for leaf in leaves(carry)]
 
     def advance(self) -> Tensor:
         if self._program is None:
             return self._by_operations()
-        *self._leaves, left = run(self._program, self._problem.term, self._dtype, (*self._given, *self._leaves))
+        *self._leaves, left = run(self._program, self._problem.term, self._answer, (*self._given, *self._leaves))
         return left
 
     def _by_operations(self) -> Tensor:
@@ -190,6 +190,7 @@ class Compiled:
             self._asked = True
             try:
                 self._program = compiled(self._problem, carry)
+                self._answer = self._problem.term.model.asker(batch_of(carry.z))  # leaner, now that it was asked
             except CannotCompileError as error:
                 _warn("compile", error)
         return still_running(carry)

@@ -104,3 +104,30 @@ def trusting(
         return answer
 
     return call
+
+
+def steady(
+    net: nn.Module, bound: dict[str, Any], kind: torch.dtype, check: Callable[[Any, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The answer of a network that was seen to leave its input alone, to an input and a label.
+
+    Args:
+        net: It.
+        bound: Its keyword arguments.
+        kind: The type of labels.
+        check: What becomes of an answer that is not as usual.
+    """
+
+    def answer(seen: Tensor, label: Tensor) -> Tensor:
+        level = label if label.dtype is kind else label.to(kind)
+        before = seen._version, versions(level, bound)
+        try:
+            out = net(seen, level, **bound)
+            usual = type(out) is Tensor and out.dtype is seen.dtype and out.shape == seen.shape
+        except Exception as error:
+            raise raised(error, seen, seen.dtype) from error
+        if (seen._version, versions(level, bound)) != before:
+            raise NetworkError(WRITES)
+        return out if usual else check(out, seen)
+
+    return answer

@@ -9,6 +9,7 @@ in the dtype of its own parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .._checks import FLOATS, require_batch, require_positive
 from .._tensor import column, tensor
 from ..errors import NetworkError
 from ..sde.base import SDE, as_time
-from ._caller import Caller, Memory, trusting, watching
+from ._caller import Caller, Memory, steady, trusting, watching
 from ._file import read_model, write_model
 from ._labels import label_dtype, label_rows
 from ._seen import WRITES, Precision, raised, require_answer, require_followed, usable, versions
@@ -154,6 +155,17 @@ class ScoreModel(nn.Module):
         if self._writes is False and x.dtype is dtype and (memory.shared is False or not keeps):
             return trusting(net, rows, usable(self.bound), x.shape, dtype, check, keeps)
         return watching(answer, memory) if keeps else answer
+
+    def asker(self, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`answer` for inputs like `x`, with as little around each call as what was seen of the network allows."""
+        dtype = self.network_dtype(x)
+
+        def check(out: Any, seen: Tensor) -> Tensor:
+            return self._checked(out, seen, dtype)
+
+        if self._writes is False and x.dtype is dtype and self.knows_precision(x):
+            return steady(self.net, usable(self.bound), label_dtype(dtype), check)
+        return lambda seen, label: self._answer(seen, label, dtype)
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
         """What the network computes in: the type of its parameters, that of `x` where it has none."""
