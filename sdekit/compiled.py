@@ -38,13 +38,13 @@ def run(program: Program, term: Term, answer: Answer, given: Sequence[Tensor]) -
     values: list[Any] = [*given, *program.rest]
     for cut in program.cuts:
         taken = [None if place is None else values[place] for place in cut.takes]
-        found = _ask(term, answer, cut.kind, taken) if cut.run is None else cut.run(*taken)
+        found = ask(term, answer, cut.kind, taken) if cut.run is None else cut.run(*taken)
         for place, value in zip(cut.gives, found, strict=True):
             values[place] = value
     return [values[place] for place in program.results]
 
 
-def _ask(term: Term, answer: Answer, kind: int, taken: list[Any]) -> Sequence[Tensor]:
+def ask(term: Term, answer: Answer, kind: int, taken: list[Any]) -> Sequence[Tensor]:
     """What the network answers at a mark of this kind, of what it sees."""
     seen, label, vectors = taken
     if kind == VALUE:

@@ -9,12 +9,14 @@ first tensors that come; where it does not, the whole is used for good.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 Piece = Callable[..., Sequence[Tensor]]
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # of a kernel
 
 _OPTIONS = {
     # What inductor checks at every call we know: shapes, alignment and indices come from our own code.
@@ -31,13 +33,24 @@ _OPTIONS = {
 _COUNTED = "outside of a MetricsContext"  # torch 2.6 says so of a piece that it finds in its cache
 
 
-class _Fused:
+# All that a generated function may use besides its kernels, if it is to be recorded.
+_KERNEL = "cpp_fused"
+_TYPES = frozenset(("bool", "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"))
+_MAKING = _TYPES | {"clear", "size", "empty_strided_cpu", "reinterpret_tensor", "torch"}
+
+
+class Fused:
     """A piece, by the function within from its second call on.
 
     Args:
         whole: The piece as torch returns it.
         within: What it calls, of a list of the same tensors.
+
+    Attributes:
+        proved: Whether what `recorded` gives was found to be what it does.
     """
+
+    proved = False
 
     def __init__(self, whole: Piece, within: Callable[[list[Tensor]], Any]) -> None:
         self._whole, self._within = whole, within
@@ -53,15 +66,42 @@ class _Fused:
             found = self._within(list(given))
         except Exception:  # it is no public function: whatever it says, there is the other
             found = None
-        self._call = self._direct if _same(wanted, found) else self._whole
+        self._call = self._direct if same(wanted, found) else self._whole
         return wanted
 
     def _direct(self, *given: Tensor) -> Sequence[Tensor]:
         found: Sequence[Tensor] = self._within(list(given))
         return found
 
+    @property
+    def recordable(self) -> bool:
+        """Whether the function within is known to be right, and calls kernels and makes tensors for them, no more."""
+        function = getattr(self._within, "__func__", self._within)
+        if self._call != self._direct or not isinstance(function, FunctionType):
+            return False
+        return all(name in _MAKING or name.startswith(_KERNEL) for name in function.__code__.co_names)
 
-def _same(wanted: Any, found: Any) -> bool:
+    def recorded(self, *given: Any) -> tuple[list[Call], list[Any]]:
+        """The kernels that it calls, with what it gives them, and its results: what they write to."""
+        calls: list[Call] = []
+
+        def noting(kernel: Callable[..., Any]) -> Callable[..., None]:
+            def call(*parts: Any) -> None:
+                calls.append((kernel, parts))
+                kernel(*parts)
+
+            return call
+
+        function = getattr(self._within, "__func__", self._within)
+        names = {
+            name: noting(value) if name.startswith(_KERNEL) else value for name, value in function.__globals__.items()
+        }
+        again = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+        owner = getattr(self._within, "__self__", None)
+        return calls, list(again(list(given)) if owner is None else again(owner, list(given)))
+
+
+def same(wanted: Any, found: Any) -> bool:
     """Whether two calls returned the same: lists of tensors, and of sizes."""
     if not isinstance(wanted, (tuple, list)) or not isinstance(found, (tuple, list)) or len(wanted) != len(found):
         return False
@@ -109,4 +149,4 @@ def fused(piece: fx.GraphModule, examples: list[Any]) -> Piece:
     within = getattr(made[0][0], "current_callable", None) if len(made) == 1 else None
     if within is None or made[0][1] != len(examples):
         return whole  # type: ignore[no-any-return]
-    return _Fused(whole, within)
+    return Fused(whole, within)

@@ -14,6 +14,7 @@ Grids are float64, of shape (n + 1,), from t_max to t_min with exact ends; `.fli
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import lru_cache
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ._checks import is_own, require_count, require_positive
 from ._numbers import beside, between, exp, log1p, searchsorted, square
+from ._tensor import there
 from .sde.base import SDE
 
 _SPREAD = 2.0  # the saturating half turns at sigma/alpha = 2 sd ...
@@ -51,6 +53,8 @@ class MixedTime:
         self._table_q = torch.linspace(low, high, _TABLE, dtype=torch.float64)
         self._table_s = self.position(self._table_q)
         self._spacing = (high - low) / (_TABLE - 1)
+        self._guide: Tensor | None = None
+        self._steps = 0
 
     def _saturating(self, q: Tensor) -> Tensor:
         return -torch.log1p(_SPREAD * self.data_std / (q.exp() + _FLOOR * self.data_std))
@@ -81,13 +85,32 @@ class MixedTime:
         """q = log(sigma/alpha) at `s` and dq/ds there, by a table and one Newton step, without a branch."""
         s = 1.0 - s if self.downward else s
         table_s, table_q = beside(self._table_s, s), beside(self._table_q, s)
-        right = between(searchsorted(table_s, s), 1, _TABLE - 1)
+        right = between(
+            searchsorted(table_s, s) if self._guide is None else self._guided(self._guide, s), 1, _TABLE - 1
+        )
         left_s = table_s[right - 1]
         q = table_q[right - 1] + self._spacing * (s - left_s) / (table_s[right] - left_s)
         here, slope = self._both(q)
         q = q - (here - s) / slope
         rate = 1.0 / self.slope(q)
         return q, -rate if self.downward else rate
+
+    def for_compiler(self) -> MixedTime:
+        """The same map, its table searched by operations that a compiler fuses with their neighbours."""
+        other = copy.copy(self)
+        low = torch.arange(_TABLE, dtype=torch.float64, device="cpu") / _TABLE
+        first = torch.searchsorted(self._table_s, torch.cat((low, low.new_ones(1))))
+        other._guide = (first[:-1] - 1).clamp(min=0)  # s * _TABLE may be rounded up to the next cell's edge
+        other._steps = 1 + int((first[1:] - other._guide).max())
+        return other
+
+    def _guided(self, guide: Tensor, s: Tensor) -> Tensor:
+        """What searchsorted says of `s` (of what lies beyond the table, as good as that), without a search."""
+        table, guide = there(self._table_s, s.device), there(guide, s.device)
+        place = guide[(s * _TABLE).long().clamp(0, _TABLE - 1)]
+        for _ in range(self._steps):
+            place = (place + (table[place] < s).long()).clamp(max=_TABLE - 1)
+        return place
 
     def coordinate(self, t: Tensor) -> Tensor:
         """s at time `t`, float64, the shape of `t`; exactly 0 at t_min and 1 at t_max (downward: 1 and 0)."""

@@ -29,6 +29,7 @@ from .likelihood_flow import FlowState, LikelihoodFlow
 from .loop import Carry, Problem, Stray, advance, still_running
 from .parts import CannotCompileError, kind, own_parts
 from .pid import PID
+from .resident import Resident, can_stay
 from .solver.adams import Adams
 from .solver.base import batch_of
 from .solver.runge_kutta import RungeKutta
@@ -37,6 +38,7 @@ Runtime = Literal["auto", "eager", "compile", "graph", "compiled-graph"]
 GRAPHS = ("graph", "compiled-graph")
 _RUNTIMES = get_args(Runtime)
 
+_STAYS = 2  # the step that is recorded: where samples change after each, there is nothing to gain
 _COMPACT_SHARE = 0.85  # finished samples leave the batch when fewer than this share still run ...
 _COMPACT_LEAST = 8  # ... unless the batch is so small that a call costs the same
 
@@ -176,10 +178,19 @@ class Compiled:
         self._answer = problem.term.model.asker(batch_of(carry.z))
         self._given = [part.contiguous() for part in own_parts(problem)]  # as the trace had them
         self._leaves = [leaf.contiguous() for leaf in leaves(carry)]
+        self._resident: Resident | None = None
+        self._steps = 0
 
     def advance(self) -> Tensor:
+        if self._resident is not None:
+            return self._resident.advance()
         if self._program is None:
             return self._by_operations()
+        self._steps += 1
+        if self._steps == _STAYS and self._like.s.device.type == "cpu" and can_stay(self._program):
+            resident = Resident(self._program, self._problem.term, self._answer, self._given, self._leaves)
+            self._leaves, self._resident = resident.leaves(), resident if resident.stays else None
+            return resident.left
         *self._leaves, left = run(self._program, self._problem.term, self._answer, (*self._given, *self._leaves))
         return left
 
@@ -196,7 +207,7 @@ class Compiled:
         return still_running(carry)
 
     def carry(self) -> Carry:
-        return rebuilt(self._like, self._leaves)
+        return rebuilt(self._like, self._leaves if self._resident is None else self._resident.leaves())
 
     def size(self, needed: int, now: int) -> int:
         return _fewer(needed, now)

@@ -119,8 +119,12 @@ def _trace(problem: Problem, carry: Carry) -> tuple[list[Any], fx.GraphModule]:
         products = products.flatten(2) * column(back, products[0].flatten(1))
         return FieldValue(flatten(out), traces_of(probes, products), products.transpose(0, 1))
 
+    mixed = problem.term.mixed.for_compiler() if isinstance(problem.term, LikelihoodFlow) else None
+
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         other = having(problem, tensors[: len(parts)], stand_in, ask)._replace(solver=problem.solver.for_compiler())
+        if isinstance(other.term, LikelihoodFlow) and mixed is not None:
+            other.term.mixed = mixed
         after = advance(other, rebuilt(carry, tensors[len(parts) :]))
         return (*leaves(after), still_running(after))
 

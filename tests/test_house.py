@@ -74,6 +74,7 @@ ORDER = [
     "fusing",
     "tracing",
     "compiled",
+    "resident",
     "capture",
     "captured",
     "runtime",
