@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from ._tensor import column, flatten, leaves, rebuilt
 from .divergence import FieldValue, traces_of
+from .folding import fold
 from .fusing import fused
 from .likelihood_flow import LikelihoodFlow
 from .loop import Carry, Problem, advance, still_running
@@ -161,7 +162,8 @@ def trace(function: Callable[..., Any], batches: Sequence[Tensor], *fixed: Tenso
     nothing = f"Ne({batch}, {sys.maxsize})"  # torch 2.6 asks so of a slice to its end
     if type(batch) is int or any(str(guard.expr) != nothing for guard in shapes.guards):
         raise CannotCompileError("its operations depend on the number of samples")
-    graph.graph.eliminate_dead_code()
+    fold(graph.graph)
+    graph.recompile()
     return examples, graph
 
 

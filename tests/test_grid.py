@@ -87,6 +87,17 @@ def test_the_mixed_variable_is_inverted_to_rounding(sde, data_std):
 
 @every_sde
 @pytest.mark.parametrize("data_std", [1e-3, 0.5, 1e3])
+def test_for_a_compiler_the_table_is_searched_otherwise_and_the_same_is_found(sde, data_std):
+    mixed = MixedTime(sde, data_std)
+    s = torch.cat((steps(), mixed._table_s, torch.nextafter(mixed._table_s, torch.tensor(2.0, dtype=torch.float64))))
+    s = torch.cat((s, torch.tensor([-1.0, -1e-9, 1.0 + 1e-9, 3.0, float("nan")], dtype=torch.float64)))
+    for way in (mixed, MixedTime(sde, data_std, downward=True)):
+        for found, wanted in zip(way.for_compiler().log_ratio(s), way.log_ratio(s), strict=True):
+            assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+@every_sde
+@pytest.mark.parametrize("data_std", [1e-3, 0.5, 1e3])
 def test_the_ends_of_the_mixed_variable_are_exact(sde, data_std):
     mixed = MixedTime(sde, data_std)
     ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)

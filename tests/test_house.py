@@ -71,6 +71,7 @@ ORDER = [
     "solution",
     "loop",
     "parts",
+    "folding",
     "fusing",
     "tracing",
     "compiled",
