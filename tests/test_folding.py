@@ -25,7 +25,7 @@ def folded(function, *given):
 def test_what_is_stacked_and_selected_is_not_stacked():
     def function(x, y):
         pair = torch.stack((x, 2.0 * y), 1)
-        wide = torch.cat((x[:, None], pair[:, :]), 1)
+        wide = torch.cat((x[:, None], pair), 1)
         return pair[:, 0] + pair[:, 1], wide[:, 2], wide[:, 0]
 
     left, _ = folded(function, draw(1, 5, 3), draw(2, 5, 3))
