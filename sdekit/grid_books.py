@@ -21,7 +21,7 @@ from .ledger import Links, Note, settle_many
 from .likelihood_flow import FlowState, LikelihoodFlow
 from .terms import Aux
 
-_BLOCK = 1 << 15  # numbers that are booked at once
+_BLOCK = 1 << 16  # numbers that are booked at once
 
 
 class Numbers(NamedTuple):
