@@ -50,7 +50,8 @@ class Stats(NamedTuple):
     """What each sample cost.
 
     Attributes:
-        evaluations: (B,) int64 network evaluations it needed, start-up and rejected steps included.
+        evaluations: (B,) int64 network evaluations it needed, start-up and rejected steps included; one that is made
+            twice, for the path and for its products, counts once.
         accepted: (B,) int64 accepted steps.
         rejected: (B,) int64 rejected steps.
         calls: Network calls of the whole solve; samples of one call share it.
