@@ -84,8 +84,8 @@ def log_likelihood(
         x: Data, (B, *event), floating, on the model's device.
         divergence: How the trace is had. None: Exact() up to 128 dimensions, else Hutchinson(probes=1).
         tolerance: Nats per sample, > 0, by the solver's own estimate (default solver only).
-        nodes: That many evaluations on a fixed grid instead (start-up counted), >= 2. Where a node has at most 4 products
-            and the network is a perceptron, products of many nodes are asked for in one call more, which is faster.
+        nodes: That many evaluations on a fixed grid instead (start-up counted), >= 2. A perceptron is asked for the
+            products of many nodes in one call more where a node has at most 4, which is faster (docs/decisions).
         solver: None: variable-step Adams controlled in nats (docs/decisions); any solver with its controller else.
         controller: For `solver`; default Nats(tolerance) where there is an error estimate.
         t: Noise level whose density is asked, a number or (B,); default t_min.
