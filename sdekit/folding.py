@@ -45,6 +45,8 @@ def _selected(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     parts, along = _together(of)
     if along != axis or not isinstance(index, int) or index < 0:
         return None
+    if any(part.meta["val"].dtype is not node.meta["val"].dtype for part in parts):
+        return None  # what is put together has one type
     if isinstance(of, fx.Node) and of.target is _STACK:
         return parts[index]
     for part in parts:
@@ -68,6 +70,8 @@ def _pushed(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     parts, along = _together(shifted.args[0])
     count = _size(old, 1)
     if along != 1 or len(parts) != 2 or parts[1] is not old or tuple(shifted.args[1:]) != (1, 0, count):
+        return None
+    if parts[0].meta["val"].dtype is not old.meta["val"].dtype:
         return None
     if count is None or count < 2 or _size(parts[0], 1) != 1 or _size(takes, 1) != 1 or _axes(takes) != _axes(old):
         return None

@@ -6,7 +6,8 @@ along the path it is asked for its answers alone, and behind it for the products
 forward pass twice. For perceptrons and few rows that takes the shorter time (`worth`).
 
 A network may say something else of a row in another call: one that reads the first sample's label for all, or takes
-batches of one size only. So its answers are compared, and where they differ it is asked for every node by itself.
+batches of one size only. So its answers are compared, for the last node of each call its products too, and where they
+differ by more than rounding it is asked for every node by itself.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from .likelihood_flow import LikelihoodFlow
 
 _FEW = 4  # products of a node up to which it is worth it; at 8 a perceptron gains nothing (docs/decisions)
 _AT_ONCE, _NODES = 64, 8  # rows of a call, at most, and nodes of it, at least
-# What two answers of one row may differ by: of the answer, and of the slope that it is a part of. Rounding is less.
-_APART, _ROUNDED = 1e-3, 1e-5
+_VALUES, _PRODUCTS = 1e3, 1e4  # units in the last place that answers of one row may differ by, and their products
 
 _OTHERS = "of the same input and label it said something else beside other samples or labels"
 
@@ -40,6 +40,7 @@ class Shown(NamedTuple):
         tilt: That.
         label: (B,) its label.
         probes: (P, B, D); None for an exact trace.
+        known: What was asked for it along the path; None: nothing.
     """
 
     seen: Tensor
@@ -47,6 +48,7 @@ class Shown(NamedTuple):
     tilt: float
     label: Tensor
     probes: Tensor | None
+    known: Tensor | None
 
 
 def products_of(
@@ -85,17 +87,18 @@ class Behind:
         block: Nodes at once, at most.
         calls: Calls of the network so far.
         paid: Rows of these.
+        alone: Whether every node is asked by itself.
     """
 
     def __init__(self, term: LikelihoodFlow, batch: int) -> None:
         self.term = term
         self.block = max(1, _AT_ONCE // batch)
         self.calls, self.paid = 0, 0
-        self._alone = False
+        self.alone = False
 
     def answers(self, nodes: Sequence[Shown]) -> tuple[list[Tensor], NetworkError | None]:
         """What `products_of` gives for each node, up to the one where the network raised an error, if it did."""
-        together = len(nodes) > 1 and not self._alone
+        together = len(nodes) > 1 and not self.alone
         why = _OTHERS
         if together:
             try:
@@ -106,12 +109,15 @@ class Behind:
                 why = str(error)
         model, single = self.term.model, []
         for node in nodes:
+            if node.known is not None:
+                single.append(node.known)
+                continue
             try:
                 single.append(self._ask(model.answer, node.seen, node.label, node.probes)[1])
             except NetworkError as error:
                 return single, error
         if together:
-            self._alone = True
+            self.alone = True
             model.ask_apart(nodes[0].seen)
             warnings.warn(
                 f"the network cannot be asked for several nodes of a grid at once, so it is asked for each by itself: "
@@ -130,9 +136,14 @@ class Behind:
         value, found = self._ask(model.answer, seen, label, torch.cat(probes, 1) if probes else None)
         tilt = column(seen.new_tensor([node.tilt for node in nodes]).repeat_interleave(batch), seen)
         off, own, whole = (flatten(part).norm(dim=1) for part in (value + tilt * seen - slope, value, slope))
-        if bool((off > _APART * own + _ROUNDED * whole).any()):
-            return None
-        return list(torch.split(found, batch, 1 if probes else 0))
+        unit = torch.finfo(seen.dtype).eps
+        differs = (off > _VALUES * unit * (own + whole)).any()
+        answers = list(torch.split(found, batch, 1 if probes else 0))
+        known = nodes[-1].known
+        if known is not None:
+            least = 0.0 if probes else 1.0  # an exact trace may be a small difference of its parts
+            differs |= (known - answers[-1]).norm() > _PRODUCTS * unit * (known.norm() + least)
+        return None if bool(differs) else answers
 
     def _ask(
         self, answer: Callable[[Tensor, Tensor], Tensor], seen: Tensor, label: Tensor, probes: Tensor | None

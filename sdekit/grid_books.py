@@ -105,9 +105,16 @@ class Books:
 
     def enter(self, seen: Tensor, kept: Tensor, answer: Tensor | Shown) -> None:
         """One more node, with its answer or what is to be asked for it behind the path."""
+        if isinstance(answer, Tensor) and self.block > 1:  # a backward pass may answer in the same buffer each time
+            answer = answer.clone()
         self.open.append((seen, kept, answer))
         if len(self.open) >= self.block:
             self.settle()
+
+    @property
+    def last_of_block(self) -> bool:
+        """Whether the next node fills the block, or is the last of all."""
+        return len(self.open) + 1 >= self.block or self.count + 1 == len(self.numbers.labels)
 
     def settle(self) -> None:
         """Books the nodes that are open; an interrupt finds all of it or none.

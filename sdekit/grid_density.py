@@ -189,12 +189,16 @@ class _Solve:
         term, books, tilt = self.term, self.books, self.numbers.tilt[k]
         probes = books.probes(k) if isinstance(term.divergence, Hutchinson) else None
         self.calls += 1
-        if books.behind is not None:
+        behind = books.behind is not None and not books.behind.alone
+        if behind and not books.last_of_block:
             slope = torch.add(call(seen, k), seen, alpha=tilt)
-            books.enter(seen, slope, Shown(seen, slope, tilt, self.labels[k], probes))
+            books.enter(seen, slope, Shown(seen, slope, tilt, self.labels[k], probes, None))
             return slope
         out, answer = products_of(term, lambda state: call(state, k), seen, probes)
         slope = torch.add(out, seen, alpha=tilt)
+        if behind:
+            books.enter(seen, slope, Shown(seen, slope, tilt, self.labels[k], probes, answer.clone()))
+            return slope
         if not k and worth(term, seen, answer, books.block):
             dtype = label_dtype(term.model.network_dtype(seen))
             self.labels = label_rows(self.numbers.labels, seen.shape[0], dtype, seen.device)

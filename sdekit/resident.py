@@ -65,7 +65,7 @@ class Resident:
             run = cut.run
             if run is None:
                 calls: list[Call] = []
-                gives: list[Any] = [part.clone() for part in ask(term, answer, cut.kind, takes)]
+                gives: list[Any] = [part.clone() for part in self._ask(cut.kind, takes)]
             else:
                 assert isinstance(run, Fused)  # as `can_stay` has it
                 calls, gives = run.recorded(*takes)
@@ -84,14 +84,17 @@ class Resident:
         """One step; how many samples still run after it."""
         for piece in self._ways[self._now]:
             if piece.run is None:
-                for place, part in zip(
-                    piece.gives, ask(self._term, self._answer, piece.kind, piece.takes), strict=True
-                ):
+                for place, part in zip(piece.gives, self._ask(piece.kind, piece.takes), strict=True):
                     place.copy_(part)
             for kernel, given in piece.calls:
                 kernel(*given)
         self._now = 1 - self._now
         return self.left
+
+    def _ask(self, kind: int, takes: list[Any]) -> Sequence[Tensor]:
+        """What the network answers; what it is shown is not written to later, for it may keep that."""
+        seen, label, vectors = takes
+        return ask(self._term, self._answer, kind, [seen.clone(), label.clone(), vectors])
 
     def leaves(self) -> list[Tensor]:
         """The leaves of the carry, in memory that no later step writes to."""
@@ -128,15 +131,20 @@ def _whole(leaf: Tensor) -> bool:
 def _exchangeable(first: list[Tensor], second: list[Tensor], rest: list[Tensor]) -> bool:
     """Whether each tensor of the second set can take the first's place: of its kind, in memory of its own."""
     alike = all(a.shape == b.shape and a.dtype is b.dtype for a, b in zip(first, second, strict=True))
-    every = [leaf for leaf in (*first, *second) if leaf.numel()]
+    every = [leaf for leaf in (*first, *_others(first, second)) if leaf.numel()]
     memory = {leaf.untyped_storage().data_ptr() for leaf in every}
     others = {leaf.untyped_storage().data_ptr() for leaf in rest}
     return alike and all(map(_whole, every)) and len(memory) == len(every) and not memory & others
 
 
+def _others(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """The tensors of the second set that are not those of the first, as of what no step changes."""
+    return [b for a, b in zip(first, second, strict=True) if a is not b]
+
+
 def _the_other_way(piece: _Piece, first: list[Tensor], second: list[Tensor]) -> _Piece:
     """The piece with the two sets exchanged."""
-    pairs = [pair for pair in zip(first, second, strict=True) if pair[0].numel()]
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not b and a.numel()]
     instead = {a.untyped_storage().data_ptr(): b for pair in pairs for a, b in (pair, pair[::-1])}
 
     def other(value: Any) -> Any:

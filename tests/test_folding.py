@@ -57,3 +57,11 @@ def test_what_only_looks_like_it_stays():
         return shorter, later, each, other, last, along, crossed, stepped
 
     folded(function, torch.tensor([True, False, True]), draw(1, 3, 2), draw(2, 3, 4, 2))
+
+
+def test_types_stay():
+    def function(x, y):
+        return torch.stack((x, y), 1)[:, 0], torch.cat((x[:, None], y[:, None]), 1)[:, 0]
+
+    x, y = draw(1, 4, 3).float(), draw(2, 4, 3)
+    folded(function, x, y)  # compares types too

@@ -74,6 +74,7 @@ def test_products_are_those_of_every_node_by_itself(sde, divergence, each):
     agree(ours, theirs)
     assert ours.stats.evaluations.tolist() == [NODES]
     assert (ours.stats.calls, ours.stats.paid) == (NODES + 1, 2 * NODES - 1)
+    assert ours.stats.useful == NODES / (2 * NODES - 1)
     assert (theirs.stats.calls, theirs.stats.paid) == (NODES, NODES)
 
 
@@ -128,6 +129,54 @@ def test_networks_that_cannot_be_asked_for_several_nodes_are_asked_for_each(act,
         warnings.simplefilter("error")
         agree(sdekit.log_likelihood(model, x, nodes=NODES, divergence=Hutchinson(1)), first)
     assert model.net.rows[-NODES:] == [2] * NODES
+
+
+@pytest.mark.parametrize(("mean", "nodes"), [(10.0, 1000), (100.0, 300)])
+@pytest.mark.parametrize("divergence", [Hutchinson(1), Exact()], ids=repr)
+def test_answers_that_hardly_differ_while_products_do_are_told_apart(mean, nodes, divergence, each):
+    class Denoiser(nn.Module):  # of Gaussian data far from zero, by the first label for all: right where all share it
+        def forward(self, x, label):
+            t = label[:1].expand(len(x))
+            alpha, sigma = SDES["vp"].alpha(t)[:, None], SDES["vp"].sigma(t)[:, None]
+            return mean + alpha * 0.01 / (alpha**2 * 0.01 + sigma**2) * (x - alpha * mean)
+
+    model = sdekit.ScoreModel(Denoiser(), SDES["vp"], sdekit.data(), data_std=0.1)
+    x = mean + 0.1 * draw(1, 1, 3)
+    with pytest.warns(sdekit.SdekitWarning, match="something else"):
+        ours = sdekit.log_likelihood(model, x, nodes=nodes, divergence=divergence)
+    agree(ours, each(model, x, nodes=nodes, divergence=divergence))
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_backward_pass_that_answers_in_the_same_buffer_is_copied(count):
+    class Buffered(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, buffer):
+            ctx.save_for_backward(x, weight, buffer)
+            return torch.tanh(x @ weight)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight, buffer = ctx.saved_tensors
+            product = (grad * (1.0 - torch.tanh(x @ weight) ** 2)) @ weight.T
+            return buffer[: len(x)].copy_(product), None, None
+
+    class Net(nn.Module):
+        def __init__(self, buffered):
+            super().__init__()
+            self.buffer = torch.empty(64, 3, dtype=torch.float64) if buffered else None
+
+        def forward(self, x, label):
+            weight = draw(3, 3, 3)
+            return torch.tanh(x @ weight) if self.buffer is None else Buffered.apply(x, weight, self.buffer)
+
+    found = [
+        sdekit.log_likelihood(
+            sdekit.ScoreModel(Net(buffered), SDES["vp"]), draw(5, count, 3), nodes=40, divergence=Hutchinson(1)
+        )
+        for buffered in (True, False)
+    ]
+    agree(*found)
 
 
 def test_only_perceptrons_and_few_rows_are_asked_twice():

@@ -91,6 +91,37 @@ def test_failures_and_errors_find_the_carry_before(made):
         equal(ours, theirs)
 
 
+class Memo(torch.nn.Module):
+    """It makes its features of the label again only where that has changed, by the tensor it was given last."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.last = perceptron(3, 2), None
+
+    def forward(self, x, label):
+        if self.last is None or self.last[0].shape != label.shape or not torch.equal(self.last[0], label):
+            self.last = (label, torch.sin(3.0 * label))
+        return self.net(x, self.last[1])
+
+
+def test_a_network_may_keep_what_it_is_shown(made):
+    model = sdekit.ScoreModel(Memo(), SDES["karras"], sdekit.edm(0.7))
+    divergence = sdekit.Hutchinson(2, control=True)
+    equal(*both(made, model, draw(1, 3, 3), divergence=divergence, tolerance=1e-3))
+    assert made
+
+
+def test_on_a_grid_what_no_step_changes_stays_where_it_is(made):
+    found = []
+    for after in (2, 10**9):
+        made.after(after)
+        options = {"solver": sdekit.Heun(), "steps": 12, "dtype": torch.float64, "runtime": "compile", "slots": 2}
+        found.append(sdekit.sample(LEARNED, (5, 3), **options))
+    assert torch.equal(found[0].x, found[1].x)
+    assert made
+    assert all(step.stays for step in made)
+
+
 def test_a_recording_that_is_not_the_step_is_not_used(made, monkeypatch):
     recorded = fusing.Fused.recorded
 
