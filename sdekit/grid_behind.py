@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._memory import ran_out, release
 from ._tensor import column, flatten
 from .divergence import Exact, Hutchinson
 from .errors import NetworkError, SdekitWarning
@@ -99,14 +100,16 @@ class Behind:
     def answers(self, nodes: Sequence[Shown]) -> tuple[list[Tensor], NetworkError | None]:
         """What `products_of` gives for each node, up to the one where the network raised an error, if it did."""
         together = len(nodes) > 1 and not self.alone
-        why = _OTHERS
+        why, short = _OTHERS, False
         if together:
             try:
                 found = self._at_once(nodes)
                 if found is not None:
                     return found, None
             except NetworkError as error:
-                why = str(error)
+                why, short = str(error), ran_out(error)
+            if short:
+                release(nodes[0].seen.device)
         model, single = self.term.model, []
         for node in nodes:
             if node.known is not None:
@@ -118,6 +121,7 @@ class Behind:
                 return single, error
         if together:
             self.alone = True
+        if together and not short:  # that memory ran out says nothing of the network
             model.ask_apart(nodes[0].seen)
             warnings.warn(
                 f"the network cannot be asked for several nodes of a grid at once, so it is asked for each by itself: "

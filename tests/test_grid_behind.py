@@ -179,6 +179,20 @@ def test_a_backward_pass_that_answers_in_the_same_buffer_is_copied(count):
     agree(*found)
 
 
+def test_where_memory_runs_out_each_is_asked_by_itself_and_nothing_is_said(each):
+    def large(net, x, label):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return label
+
+    model, x = model_of(large), draw(1, 2, 3)
+    for _ in range(2):  # another solve tries again
+        model.net.rows.clear()
+        ours = sdekit.log_likelihood(model, x, nodes=NODES, divergence=Hutchinson(1))
+        assert max(model.net.rows) > 2
+        agree(ours, each(model, x, nodes=NODES, divergence=Hutchinson(1)))
+
+
 def test_only_perceptrons_and_few_rows_are_asked_twice():
     class Image(nn.Module):
         def __init__(self):
