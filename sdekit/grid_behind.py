@@ -138,7 +138,8 @@ class Behind:
         probes = [node.probes for node in nodes if node.probes is not None]
         model = self.term.model.take(torch.arange(batch, device=seen.device).repeat(many))
         value, found = self._ask(model.answer, seen, label, torch.cat(probes, 1) if probes else None)
-        tilt = column(seen.new_tensor([node.tilt for node in nodes]).repeat_interleave(batch), seen)
+        tilts = torch.tensor([node.tilt for node in nodes], dtype=seen.dtype, device=seen.device)
+        tilt = column(tilts.repeat_interleave(batch), seen)
         off, own, whole = (flatten(part).norm(dim=1) for part in (value + tilt * seen - slope, value, slope))
         unit = torch.finfo(seen.dtype).eps
         differs = (off > _VALUES * unit * (own + whole)).any()
