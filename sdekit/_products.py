@@ -76,7 +76,10 @@ def vector_jacobian(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, grap
     try:
         found = _pulled(out, leaf, vectors, keep, graph)
     except Exception as error:
-        raise NetworkError(_ended(error)) from error
+        what = (
+            _ONCE if _DONATED in str(error) else f"the network's backward pass raised {type(error).__name__}: {error}"
+        )
+        raise NetworkError(what) from error
     if found is None:
         raise NetworkError(_DETACHED)
     return found
@@ -90,7 +93,13 @@ def _pulled(out: Tensor, leaf: Tensor, vectors: Tensor, keep: bool, graph: bool)
         return torch.autograd.grad(out, leaf, given, retain_graph=again or graph, **rest)[0]
 
     if vectors.shape[0] == 1:
-        alone = pulled(vectors[0], keep)
+        vector = vectors[0]
+        usual = type(out) is Tensor and out.dtype is vector.dtype and out.shape == vector.shape
+        if _BACKWARD is None or keep or graph or not usual:  # torch.autograd.grad says more of what is not
+            alone = pulled(vector, keep)
+        else:
+            once = {"allow_unreachable": True, "accumulate_grad": False}
+            alone = _BACKWARD((out,), (vector,), False, False, (leaf,), **once)[0]
         return alone if alone is None else alone[None]
     try:
         return pulled(vectors, True, True)
@@ -114,29 +123,7 @@ def _engine() -> Callable[..., Any] | None:
     return getattr(engine, "run_backward", None)
 
 
-def _at_once(out: Tensor, leaf: Tensor, vector: Tensor) -> Tensor | None:
-    """The product of one vector, the graph lost; None where it is had by torch.autograd.grad, which says more."""
-    if _BACKWARD is None or type(out) is not Tensor or out.dtype is not vector.dtype or out.shape != vector.shape:
-        return None
-    try:
-        found: Tensor | None = _BACKWARD(
-            (out,), (vector,), False, False, (leaf,), allow_unreachable=True, accumulate_grad=False
-        )[0]
-    except Exception as error:
-        raise NetworkError(_ended(error)) from error
-    if found is None:
-        raise NetworkError(_DETACHED)
-    return found
-
-
 _BACKWARD = _engine()
-
-
-def _ended(error: Exception) -> str:
-    """What to say of a backward pass that raised it."""
-    if _DONATED in str(error):
-        return _ONCE
-    return f"the network's backward pass raised {type(error).__name__}: {error}"
 
 
 def require_twice(out: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -171,8 +158,6 @@ def reverse_mode(field: Field, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tens
     """Value and (P, B, *event) vector-Jacobian products; they keep their graph where `x` has one."""
     graph = keeps_graph(x)
     out, leaf = traced(field, x)
-    if not graph and vectors.shape[0] == 1 and (product := _at_once(out, leaf, vectors[0])) is not None:
-        return out.detach(), product[None]
     products = vector_jacobian(out, leaf, vectors, False, graph)
     return out if graph else out.detach(), products
 
